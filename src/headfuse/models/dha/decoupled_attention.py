@@ -124,6 +124,11 @@ class DecoupledAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of `hidden_states` `[B, T, D]`; GPT-NeoX calls its cache `layer_past`."""
+        if kwargs.get("output_attentions"):
+            raise ValueError(
+                "output_attentions: transformers collects weights from a family's own attention class alone; put "
+                "forward hooks on the attention modules instead: under 'eager' it is the second output"
+            )
         cache = past_key_values if past_key_values is not None else layer_past
         query, key, value = self.project(hidden_states, position_embeddings)
         if cache is not None:
@@ -143,9 +148,7 @@ class DecoupledAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         if shape.clip is not None:
             query, key, value = (x.clamp(-shape.clip, shape.clip) for x in (query, key, value))
-        query, key, value = (
-            x.view(*x.shape[:-1], -1, shape.head_dim) for x in (query, key, value)
-        )
+        query, key, value = (x.view(*x.shape[:-1], -1, shape.head_dim) for x in (query, key, value))
         if shape.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))

@@ -3,21 +3,13 @@
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from .decoupled_attention import AttentionShape
-from .decoupling import DecoupledGeneration, decouple, per_layer_maps
+from .decoupling import DecoupledGeneration, DecoupledMaps, decouple, family_shape
 
 
-class DhaLlamaConfig(LlamaConfig):
+class DhaLlamaConfig(DecoupledMaps, LlamaConfig):
     """`LlamaConfig` plus, for each layer, the key head and the value head that each query head reads."""
 
     model_type = "dha_llama"
-    base_model_tp_plan = None  # a column split of k and v would break the maps
-    key_map: list[list[int]] | None = None
-    value_map: list[list[int]] | None = None
-
-    def __post_init__(self, **kwargs):
-        """Fill and check the maps."""
-        super().__post_init__(**kwargs)
-        per_layer_maps(self)
 
 
 class DhaLlamaForCausalLM(DecoupledGeneration, LlamaForCausalLM):
@@ -31,16 +23,6 @@ class DhaLlamaForCausalLM(DecoupledGeneration, LlamaForCausalLM):
         self.post_init()
 
 
-def attention_shape(config: DhaLlamaConfig, layer_idx: int) -> AttentionShape:
-    """What layer `layer_idx` of this family does around its heads."""
-    return AttentionShape(
-        hidden_size=config.hidden_size,
-        head_dim=config.head_dim,
-        key_map=tuple(config.key_map[layer_idx]),
-        value_map=tuple(config.value_map[layer_idx]),
-        scaling=config.head_dim**-0.5,
-        rotary_dim=config.head_dim,
-        input_bias=config.attention_bias,
-        output_bias=config.attention_bias,
-        dropout=config.attention_dropout,
-    )
+def attention_shape(config: LlamaConfig, layer_idx: int) -> AttentionShape:
+    """What layer `layer_idx` of this family, stock or decoupled, does around its heads."""
+    return family_shape(config, layer_idx, input_bias=config.attention_bias, output_bias=config.attention_bias)

@@ -1,0 +1,111 @@
+"""Writing a model folder: weights, configuration, and what must come along from the source."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from headfuse.checkpoints.card import ModelCard
+
+# Everything of the source but its weights, configuration, code and card. Names are those that transformers reads.
+COPIED = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICEN[SC]E*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+# Where the output embedding is the input embedding, transformers looks for the latter.
+OUTPUT_EMBEDDINGS = ["lm_head.weight", "embed_out.weight"]
+
+
+def write_checkpoint(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    config: PreTrainedConfig | Mapping[str, Any],
+    *,
+    source: Path,
+    dtype: torch.dtype,
+    max_shard_size: str = "5GB",
+    card: ModelCard | None = None,
+) -> None:
+    """Write a folder that transformers loads: safetensors shards and index, config.json, tokenizer, licence, card.
+
+    `state` holds the model's own names; floating-point tensors are stored as `dtype`, tensors that share memory
+    (tied embeddings) once. The rest is copied from the model folder `source`. `folder` must exist: use `writing`.
+    """
+    tensors = _stored(state, dtype)
+    save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size, shared_tensors_to_discard=OUTPUT_EMBEDDINGS)
+    _write_config(folder / "config.json", config, dtype)
+    copy_companions(source, folder)
+    if card is not None:
+        card.save(folder / "README.md")
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy the tokenizer, chat templates, generation settings and licence of a model folder."""
+    for pattern in COPIED:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)  # not the permissions, which may be read-only
+    if (templates := source / "additional_chat_templates").is_dir():
+        shutil.copytree(templates, folder / templates.name, copy_function=shutil.copyfile, dirs_exist_ok=True)
+
+
+def stored_bytes(state: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+    """What `write_checkpoint` will write for these tensors, in bytes: the estimate that `writing` asks for."""
+    distinct = {_identity(tensor): tensor for tensor in state.values()}
+    return sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.element_size()) for t in distinct.values())
+
+
+def _stored(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors as they are stored: cast, contiguous, with a storage of their own, shared ones still shared."""
+    done: dict[tuple[Any, ...], Tensor] = {}
+    result = {}
+    for name, tensor in state.items():
+        key = _identity(tensor)
+        if key not in done:
+            cast = tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+            # A view would drag its whole storage along.
+            whole = cast.untyped_storage().nbytes() == cast.numel() * cast.element_size()
+            done[key] = cast if whole else cast.clone()
+        result[name] = done[key]
+    return result
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same numbers in the same memory."""
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _write_config(path: Path, config: PreTrainedConfig | Mapping[str, Any], dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    if isinstance(config, PreTrainedConfig):
+        config = deepcopy(config)
+        config.dtype = name
+        # Not save_pretrained: it refuses old configurations that hold generation settings.
+        text = config.to_json_string()
+    else:
+        content = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": name}
+        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    path.write_text(text, encoding="utf-8")

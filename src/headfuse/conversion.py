@@ -1,0 +1,298 @@
+"""From a loaded model and calibration rows to converted heads: statistics, plan, sharing, refit. Nothing is written."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int64
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from headfuse.checkpoints.adapter import Adapter
+from headfuse.checkpoints.assembly import attention_module, decoder_layers, split_model
+from headfuse.checkpoints.attention import attention_of, attention_replaced
+from headfuse.checkpoints.heads import AttentionHeads
+from headfuse.errors import PlanError
+from headfuse.planning.budget import gqa_count, knapsack, uniform_counts
+from headfuse.planning.grouping import HeadGroups
+from headfuse.planning.plan import HeadPlan, LayerPlan, Target
+from headfuse.progress import Stages, silent
+from headfuse.sharing.methods import SharingMethod, SharingOptions, SourceLayer, group_layer, method_named
+from headfuse.sharing.refit import RefitOptions, RefitReport, refit
+from headfuse.sharing.sensitivity import unit_costs
+from headfuse.statistics.collect import collect
+from headfuse.statistics.moments import LayerStatistics
+from headfuse.statistics.stream import precision_context, stream_layers
+
+Counts = list[tuple[int, int]]
+# Rows of the calibration text on which an adaptive budget measures divergence.
+PROBE_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to convert: method, shape of the result, budget, refit.
+
+    `share` of the source's cached heads may stay; `key_heads` and `value_heads`, per layer, override it.
+    """
+
+    method: str = "closed-form"
+    target: Target = "dha"
+    share: Fraction = Fraction(1, 4)
+    key_heads: int | None = None
+    value_heads: int | None = None
+    budget: Literal["uniform", "adaptive"] = "uniform"
+    options: SharingOptions = field(default_factory=SharingOptions)
+    refit: RefitOptions | None = field(default_factory=RefitOptions)
+    seed: int = 0
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The result: one `AttentionHeads` a layer (fp32), the plan they obey, how well each layer fits, seconds by stage."""
+
+    heads: list[AttentionHeads]
+    plan: HeadPlan
+    refits: list[RefitReport]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A stock model opened up: decoder layers with their attention modules, and the heads of each."""
+
+    model: PreTrainedModel
+    adapter: Adapter
+    layers: list[tuple[nn.Module, nn.Module]]
+    heads: list[AttentionHeads]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, adapter: Adapter) -> "LoadedModel":
+        """Open a stock model."""
+        blocks = decoder_layers(model, adapter)
+        layers = [(block, attention_module(model, adapter, index)) for index, block in enumerate(blocks)]
+        return cls(model, adapter, layers, split_model(model, adapter))
+
+    @contextmanager
+    def with_heads(self, heads: Sequence[AttentionHeads]) -> Iterator[PreTrainedModel]:
+        """Within the context, the model computes these heads."""
+        modules = {index: attention_of(layer, index) for index, layer in enumerate(heads)}
+        with attention_replaced(self.layers, modules):
+            yield self.model
+
+
+def convert_heads(
+    loaded: LoadedModel,
+    rows: Int64[Tensor, "N T"],
+    settings: Settings,
+    *,
+    statistics: Sequence[LayerStatistics] | None = None,
+    plan: HeadPlan | None = None,
+    stages: Stages = silent,
+) -> Converted:
+    """Convert a model's heads; the model itself is left as it was.
+
+    `statistics` of the same rows and `plan` (which then decides the groups) are reused if given. Raises PlanError if
+    the budget cannot be met, ConfigError for an unknown method.
+    """
+    method = method_named(settings.method)
+    check_reachable(loaded, settings)
+    seconds: dict[str, float] = {}
+    started = time.monotonic()
+    if statistics is None:
+        statistics = gather_statistics(loaded, rows, settings, stages)
+    seconds["statistics"] = time.monotonic() - started
+
+    started = time.monotonic()
+    layers = [SourceLayer.of(heads, entry) for heads, entry in zip(loaded.heads, statistics, strict=True)]
+    groups = _groups(loaded, layers, rows, method, settings, plan, stages)
+    seconds["plan"] = time.monotonic() - started
+
+    started = time.monotonic()
+    heads = [method.share(layer, chosen, settings.options) for layer, chosen in zip(layers, groups, strict=True)]
+    if settings.target == "gqa":
+        heads = [layer.reordered(sorted(range(len(layer.key_map)), key=layer.key_map.__getitem__)) for layer in heads]
+    seconds["share"] = time.monotonic() - started
+
+    reports: list[RefitReport] = []
+    if settings.refit is not None and any(_shared(layer, source) for layer, source in zip(heads, layers, strict=True)):
+        started = time.monotonic()
+        heads, reports = _refit(loaded, heads, rows, settings, settings.refit, stages)
+        seconds["refit"] = time.monotonic() - started
+    layer_plans = tuple(LayerPlan(key_map=layer.key_map, value_map=layer.value_map) for layer in heads)
+    made = HeadPlan(target=settings.target, head_dim=heads[0].head_dim, layers=layer_plans)
+    return Converted(heads, made, reports, seconds)
+
+
+def gather_statistics(
+    loaded: LoadedModel, rows: Int64[Tensor, "N T"], settings: Settings, stages: Stages = silent
+) -> list[LayerStatistics]:
+    """The one pass over the calibration text."""
+    total = rows.numel() * len(loaded.layers)
+    with stages("statistics", total, "layer-tokens") as advance:
+        return collect(
+            loaded.model,
+            loaded.layers,
+            loaded.heads,
+            rows,
+            unit_rows=needs_unit_rows(loaded, settings),
+            precision=settings.precision,
+            advance=advance,
+        )
+
+
+def needs_unit_rows(loaded: LoadedModel, settings: Settings) -> bool:
+    """Whether the statistics must hold the moments of unit-length rows: behind q/k norms, and for criterion cos."""
+    normed = loaded.heads[0].traits.qk_norm != "none"
+    return normed or (settings.method == "procrustes" and settings.options.criterion == "cos")
+
+
+def check_reachable(loaded: LoadedModel, settings: Settings) -> None:
+    """Raise PlanError, before any work, if the budget cannot be met by this model and target."""
+    sources = [(layer.num_key_heads, layer.num_value_heads) for layer in loaded.heads]
+    if settings.target == "gqa" and not loaded.adapter.stock_gqa:
+        raise PlanError(
+            f"{loaded.adapter.family}: its stock class has no grouped-query attention, so target gqa cannot be written; "
+            "use --target dha"
+        )
+    if settings.target == "gqa" and settings.budget == "adaptive":
+        raise PlanError("target gqa has one head count in all layers, so its budget is uniform; use --target dha")
+    _uniform(sources, loaded.heads[0].num_query_heads, settings)
+
+
+def _uniform(sources: Counts, query_heads: int, settings: Settings) -> Counts:
+    if settings.key_heads is None and settings.value_heads is None:
+        if settings.target == "gqa":
+            count = gqa_count(sources, query_heads, settings.share)
+            return [(count, count)] * len(sources)
+        return uniform_counts(sources, settings.share)
+    keys, values = settings.key_heads, settings.value_heads
+    counts = [(keys or source[0], values or source[1]) for source in sources]
+    for wanted, source in zip(counts, sources, strict=True):
+        if not all(1 <= n <= most for n, most in zip(wanted, source, strict=True)):
+            raise PlanError(
+                f"wanted {wanted[0]} key and {wanted[1]} value heads a layer; the model has {source[0]} and {source[1]}; "
+                "ask for 1 up to that many"
+            )
+    if settings.target == "gqa":
+        if counts[0][0] != counts[0][1]:
+            raise PlanError("target gqa wants as many key heads as value heads; give both alike or use --target dha")
+        gqa_count(sources, query_heads, Fraction(counts[0][0], sources[0][0]))
+    return counts
+
+
+def _groups(
+    loaded: LoadedModel,
+    layers: Sequence[SourceLayer],
+    rows: Int64[Tensor, "N T"],
+    method: SharingMethod,
+    settings: Settings,
+    plan: HeadPlan | None,
+    stages: Stages,
+) -> list[HeadGroups]:
+    if plan is not None:
+        return _groups_of_plan(plan, layers)
+    sources = [layer.counts for layer in layers]
+    counts = _uniform(sources, loaded.heads[0].num_query_heads, settings)
+    if settings.budget == "adaptive":
+        counts = _adaptive(loaded, layers, rows, method, settings, sum(map(sum, counts)), stages)
+    generator = torch.Generator().manual_seed(settings.seed)
+    groups = []
+    with stages("grouping", len(layers), "layers") as advance:
+        for layer, count in zip(layers, counts, strict=True):
+            groups.append(
+                group_layer(layer, count, method, settings.options, target=settings.target, generator=generator)
+            )
+            advance(1)
+    return groups
+
+
+def _groups_of_plan(plan: HeadPlan, layers: Sequence[SourceLayer]) -> list[HeadGroups]:
+    """The groups of source heads that a plan's maps imply."""
+    if len(plan.layers) != len(layers) or plan.num_query_heads != layers[0].heads.num_query_heads:
+        raise PlanError(
+            f"the plan is for {len(plan.layers)} layers of {plan.num_query_heads} query heads, the model has "
+            f"{len(layers)} of {layers[0].heads.num_query_heads}; give a plan of this model"
+        )
+    groups = []
+    for wanted, layer in zip(plan.layers, layers, strict=True):
+        pairs = ((wanted.key_map, layer.heads.key_map), (wanted.value_map, layer.heads.value_map))
+        groups.append(HeadGroups(*(_regrouped(new, old) for new, old in pairs)))
+    return groups
+
+
+def _regrouped(new: tuple[int, ...], old: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    target: dict[int, int] = {}
+    for query, head in enumerate(old):
+        if target.setdefault(head, new[query]) != new[query]:
+            raise PlanError(f"the plan splits source head {head}, which its query heads share; give a plan of this model")
+    return tuple(tuple(h for h in sorted(target) if target[h] == g) for g in range(max(new) + 1))
+
+
+def _adaptive(
+    loaded: LoadedModel,
+    layers: Sequence[SourceLayer],
+    rows: Int64[Tensor, "N T"],
+    method: SharingMethod,
+    settings: Settings,
+    total: int,
+    stages: Stages,
+) -> Counts:
+    """Head counts by exact knapsack over measured unit costs; `total` heads in all."""
+    probes = rows[:PROBE_ROWS].to(loaded.heads[0].q.device)
+    with stages("sensitivity", 2 * len(layers), "units") as advance, torch.no_grad():
+        with precision_context(probes.device, settings.precision):
+            reference = F.log_softmax(loaded.model(probes, use_cache=False).logits.float(), dim=-1)
+
+        def divergence(index: int, heads: AttentionHeads) -> float:
+            replaced = {index: attention_of(heads.to(loaded.heads[0].q.dtype), index)}
+            with attention_replaced(loaded.layers, replaced), precision_context(probes.device, settings.precision):
+                found = F.log_softmax(loaded.model(probes, use_cache=False).logits.float(), dim=-1)
+            advance(1)
+            return F.kl_div(found, reference, log_target=True, reduction="sum").item() / probes.numel()
+
+        costs = unit_costs(
+            layers, method, settings.options, share_left=float(settings.share), divergence=divergence
+        )
+    chosen = knapsack(costs, total)
+    return list(zip(chosen[::2], chosen[1::2], strict=True))
+
+
+def _shared(heads: AttentionHeads, source: SourceLayer) -> bool:
+    return (heads.num_key_heads, heads.num_value_heads) != source.counts
+
+
+def _refit(
+    loaded: LoadedModel,
+    heads: list[AttentionHeads],
+    rows: Int64[Tensor, "N T"],
+    settings: Settings,
+    options: RefitOptions,
+    stages: Stages,
+) -> tuple[list[AttentionHeads], list[RefitReport]]:
+    """Refit every layer that shares heads, one at a time, on the original model's inputs."""
+    fitted, reports = list(heads), []
+    with stages("refit", options.steps * len(heads), "steps") as advance:
+        for inputs in stream_layers(loaded.model, loaded.layers, rows, precision=settings.precision):
+            index = inputs.layer
+            source = loaded.heads[index]
+            if (heads[index].num_key_heads, heads[index].num_value_heads) == (source.num_key_heads, source.num_value_heads):
+                advance(options.steps)
+                continue
+            fitted[index], report = refit(
+                source,
+                heads[index],
+                inputs,
+                options,
+                precision=settings.precision,
+                seed=settings.seed,
+                advance=advance,
+            )
+            reports.append(report)
+    return fitted, reports

@@ -1,0 +1,46 @@
+"""How every measurement runs a model: in evaluation mode, without gradients, at the asked precision."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from headfuse.errors import ConfigError
+
+Precision = Literal["fp32", "bf16"]
+
+# The fp32 copy of the logits of one batch is kept below this.
+MAX_LOGIT_BYTES = 2**28
+
+
+@contextmanager
+def measuring(*models: nn.Module, precision: Precision = "fp32") -> Iterator[None]:
+    """Evaluation mode without gradients; `bf16` adds autocast, `fp32` runs the weights in their own dtype.
+
+    Training modes are restored at the end. Raises ConfigError for another precision.
+    """
+    if precision not in get_args(Precision):
+        raise ConfigError(f"wanted a precision of {' or '.join(get_args(Precision))}, got {precision!r}; choose one")
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    device = device_of(models[0]).type
+    autocast = torch.autocast(device, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad(), autocast:
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter, for a language model its embedding, lives."""
+    return next(model.parameters()).device
+
+
+def rows_per_batch(length: int, vocab_size: int, batch_tokens: int) -> int:
+    """Rows of `length` tokens that keep a batch below `batch_tokens` and its fp32 logits below 256 MiB; at least 1."""
+    return max(1, min(batch_tokens // length, MAX_LOGIT_BYTES // (length * vocab_size * 4)))

@@ -1,0 +1,34 @@
+"""OLMo with decoupled heads: projections are clipped."""
+
+from transformers import OlmoConfig, OlmoForCausalLM
+
+from .decoupled_attention import AttentionShape
+from .decoupling import DecoupledGeneration, DecoupledMaps, decouple, family_shape
+
+
+class DhaOlmoConfig(DecoupledMaps, OlmoConfig):
+    """`OlmoConfig` plus, for each layer, the key head and the value head that each query head reads."""
+
+    model_type = "dha_olmo"
+
+
+class DhaOlmoForCausalLM(DecoupledGeneration, OlmoForCausalLM):
+    """`OlmoForCausalLM` whose layers read per-layer numbers of key and value heads."""
+
+    config_class = DhaOlmoConfig
+
+    def __init__(self, config: DhaOlmoConfig) -> None:
+        super().__init__(config)
+        decouple(self.model.layers, "self_attn", config, attention_shape)
+        self.post_init()
+
+
+def attention_shape(config: OlmoConfig, layer_idx: int) -> AttentionShape:
+    """What layer `layer_idx` of this family, stock or decoupled, does around its heads."""
+    return family_shape(
+        config,
+        layer_idx,
+        input_bias=config.attention_bias,
+        output_bias=config.attention_bias,
+        clip=config.clip_qkv,
+    )

@@ -1,0 +1,160 @@
+"""The sharing methods by name: how each prices a group of heads, and how it makes one head of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from headfuse.checkpoints.heads import AttentionHeads
+from headfuse.errors import ConfigError
+from headfuse.planning.grouping import Group, HeadGroups, Price, contiguous_groups, group_heads, memoised
+from headfuse.planning.plan import Target
+from headfuse.sharing.closed_form import closed_form, key_price, value_price
+from headfuse.sharing.mean_pool import mean_pool
+from headfuse.sharing.procrustes import head_grams, procrustes, procrustes_price
+from headfuse.statistics.moments import HeadMoments, LayerStatistics, head_moments
+
+
+@dataclass(frozen=True)
+class SharingOptions:
+    """What the papers' methods leave open: align.md's `criterion` and grouping item, GQA's norm restoration.
+
+    `restore_norm` scales a pooled head back to its members' mean energy (neither paper does).
+    """
+
+    criterion: Literal["dist", "cos"] = "dist"
+    group_on: Literal["value", "key", "none"] = "value"
+    restore_norm: bool = False
+
+
+@dataclass(frozen=True)
+class SourceLayer:
+    """One layer before sharing: its heads and what the calibration text says of them."""
+
+    heads: AttentionHeads
+    statistics: LayerStatistics
+    moments: HeadMoments
+
+    @classmethod
+    def of(cls, heads: AttentionHeads, statistics: LayerStatistics) -> "SourceLayer":
+        """The layer with its head moments worked out."""
+        return cls(heads, statistics, head_moments(heads, statistics))
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Key heads, value heads."""
+        return self.heads.num_key_heads, self.heads.num_value_heads
+
+
+class SharingMethod(Protocol):
+    """One way to group heads and to make a shared head of a group."""
+
+    def prices(self, layer: SourceLayer, options: SharingOptions) -> tuple[Price, Price] | None:
+        """The price of a key group and of a value group, in units of their own; None: neighbours are grouped."""
+        ...
+
+    def joint_price(self, layer: SourceLayer, options: SharingOptions) -> Price | None:
+        """The price of a group that keys and values must share, as plain grouped-query attention wants."""
+        ...
+
+    def share(self, layer: SourceLayer, groups: HeadGroups, options: SharingOptions) -> AttentionHeads:
+        """The layer with one key head and one value head per group."""
+        ...
+
+
+class MeanPool:
+    """Neighbours, averaged: the GQA paper's baseline."""
+
+    def prices(self, layer: SourceLayer, options: SharingOptions) -> None:  # noqa: ARG002, D102
+        return None
+
+    def joint_price(self, layer: SourceLayer, options: SharingOptions) -> None:  # noqa: ARG002, D102
+        return None
+
+    def share(self, layer: SourceLayer, groups: HeadGroups, options: SharingOptions) -> AttentionHeads:  # noqa: D102
+        return mean_pool(layer.heads, layer.moments, groups, restore_norm=options.restore_norm)
+
+
+class Procrustes:
+    """Align before merging (arXiv 2412.20677): grouped by similarity after alignment, rotated, averaged."""
+
+    def prices(self, layer: SourceLayer, options: SharingOptions) -> tuple[Price, Price] | None:  # noqa: D102
+        if options.group_on == "none":
+            return None
+        grams = head_grams(layer.moments, layer.statistics, options.criterion)
+        return procrustes_price(grams, "key"), procrustes_price(grams, "value")
+
+    def joint_price(self, layer: SourceLayer, options: SharingOptions) -> Price | None:  # noqa: D102
+        if options.group_on == "none":
+            return None
+        return procrustes_price(head_grams(layer.moments, layer.statistics, options.criterion), options.group_on)
+
+    def share(self, layer: SourceLayer, groups: HeadGroups, options: SharingOptions) -> AttentionHeads:  # noqa: D102
+        grams = head_grams(layer.moments, layer.statistics, options.criterion)
+        return procrustes(layer.heads, layer.moments, grams, groups, restore_norm=options.restore_norm)
+
+
+class ClosedForm:
+    """Ours: grouped by the exact price, combined by principal components in the output's metric."""
+
+    def prices(self, layer: SourceLayer, options: SharingOptions) -> tuple[Price, Price]:  # noqa: ARG002, D102
+        movable = layer.heads.traits.qk_norm == "none"
+        return memoised(key_price(layer.moments, movable=movable)), memoised(value_price(layer.moments))
+
+    def joint_price(self, layer: SourceLayer, options: SharingOptions) -> Price:
+        """Both prices, each relative to that of sharing a single head."""
+        keys, values = self.prices(layer, options)
+        everyone = tuple(range(layer.heads.num_key_heads))
+        key_scale, value_scale = (max(price(everyone), 1e-30) for price in (keys, values))
+
+        def price(group: Group) -> float:
+            return keys(group) / key_scale + values(group) / value_scale
+
+        return price
+
+    def share(self, layer: SourceLayer, groups: HeadGroups, options: SharingOptions) -> AttentionHeads:  # noqa: ARG002, D102
+        return closed_form(layer.heads, layer.moments, groups)
+
+
+METHODS: Mapping[str, SharingMethod] = {
+    "mean-pool": MeanPool(),
+    "procrustes": Procrustes(),
+    "closed-form": ClosedForm(),
+}
+
+
+def method_named(name: str) -> SharingMethod:
+    """The method of that name; ConfigError lists the known ones."""
+    if name not in METHODS:
+        raise ConfigError(f"wanted a method, got {name!r}; choose one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def group_layer(
+    layer: SourceLayer,
+    counts: tuple[int, int],
+    method: SharingMethod,
+    options: SharingOptions,
+    *,
+    target: Target,
+    generator: torch.Generator,
+) -> HeadGroups:
+    """Groups of a layer's key heads and of its value heads that leave `counts` (key heads, value heads).
+
+    Target gqa wants one grouping, of equal sizes, for both. A kind that keeps all its heads keeps their order.
+    """
+    if target == "gqa":
+        joint = method.joint_price(layer, options)
+        if joint is None or counts == layer.counts:
+            return HeadGroups(*(contiguous_groups(layer.counts[0], counts[0]),) * 2)
+        groups = group_heads(layer.counts[0], counts[0], joint, equal_sizes=True, generator=generator)
+        return HeadGroups(groups, groups)
+    prices = method.prices(layer, options)
+    groups = []
+    for kind, (heads, count) in enumerate(zip(layer.counts, counts, strict=True)):
+        if prices is None or count == heads:
+            groups.append(contiguous_groups(heads, count))
+        else:
+            groups.append(group_heads(heads, count, prices[kind], equal_sizes=False, generator=generator))
+    return HeadGroups(*groups)
