@@ -55,7 +55,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Converted:
-    """The result: one `AttentionHeads` a layer (fp32), the plan they obey, how well each layer fits, seconds by stage."""
+    """The result: one `AttentionHeads` a layer (fp32), the plan they obey, each layer's fit, seconds by stage."""
 
     heads: list[AttentionHeads]
     plan: HeadPlan
@@ -158,8 +158,8 @@ def check_reachable(loaded: LoadedModel, settings: Settings) -> None:
     sources = [(layer.num_key_heads, layer.num_value_heads) for layer in loaded.heads]
     if settings.target == "gqa" and not loaded.adapter.stock_gqa:
         raise PlanError(
-            f"{loaded.adapter.family}: its stock class has no grouped-query attention, so target gqa cannot be written; "
-            "use --target dha"
+            f"{loaded.adapter.family}: its stock class has no grouped-query attention, so target gqa cannot be "
+            "written; use --target dha"
         )
     if settings.target == "gqa" and settings.budget == "adaptive":
         raise PlanError("target gqa has one head count in all layers, so its budget is uniform; use --target dha")
@@ -177,8 +177,8 @@ def _uniform(sources: Counts, query_heads: int, settings: Settings) -> Counts:
     for wanted, source in zip(counts, sources, strict=True):
         if not all(1 <= n <= most for n, most in zip(wanted, source, strict=True)):
             raise PlanError(
-                f"wanted {wanted[0]} key and {wanted[1]} value heads a layer; the model has {source[0]} and {source[1]}; "
-                "ask for 1 up to that many"
+                f"wanted {wanted[0]} key and {wanted[1]} value heads a layer; the model has {source[0]} and "
+                f"{source[1]}; ask for 1 up to that many"
             )
     if settings.target == "gqa":
         if counts[0][0] != counts[0][1]:
@@ -231,7 +231,9 @@ def _regrouped(new: tuple[int, ...], old: tuple[int, ...]) -> tuple[tuple[int, .
     target: dict[int, int] = {}
     for query, head in enumerate(old):
         if target.setdefault(head, new[query]) != new[query]:
-            raise PlanError(f"the plan splits source head {head}, which its query heads share; give a plan of this model")
+            raise PlanError(
+                f"the plan splits source head {head}, which its query heads share; give a plan of this model"
+            )
     return tuple(tuple(h for h in sorted(target) if target[h] == g) for g in range(max(new) + 1))
 
 
@@ -257,9 +259,7 @@ def _adaptive(
             advance(1)
             return F.kl_div(found, reference, log_target=True, reduction="sum").item() / probes.numel()
 
-        costs = unit_costs(
-            layers, method, settings.options, share_left=float(settings.share), divergence=divergence
-        )
+        costs = unit_costs(layers, method, settings.options, share_left=float(settings.share), divergence=divergence)
     chosen = knapsack(costs, total)
     return list(zip(chosen[::2], chosen[1::2], strict=True))
 
@@ -281,8 +281,8 @@ def _refit(
     with stages("refit", options.steps * len(heads), "steps") as advance:
         for inputs in stream_layers(loaded.model, loaded.layers, rows, precision=settings.precision):
             index = inputs.layer
-            source = loaded.heads[index]
-            if (heads[index].num_key_heads, heads[index].num_value_heads) == (source.num_key_heads, source.num_value_heads):
+            new, source = heads[index], loaded.heads[index]
+            if (new.num_key_heads, new.num_value_heads) == (source.num_key_heads, source.num_value_heads):
                 advance(options.steps)
                 continue
             fitted[index], report = refit(

@@ -105,8 +105,8 @@ def _check_target(out: Path, *, overwrite: bool, source: Path | None) -> None:
             raise ConfigError(
                 f"{out}: the output and the model {model} must be separate folders; choose another output"
             )
-    if out.is_file():
-        raise ConfigError(f"{out}: wanted a folder to create, got a file; choose another output")
+    if not (place := _nearest(out)).is_dir():
+        raise ConfigError(f"{out}: wanted a folder to create, {place} is a file; choose another output")
     if os.path.ismount(out):
         raise ConfigError(f"{out}: wanted a folder to create, got a mount point; choose a folder inside it")
     if not out.is_dir() or not any(out.iterdir()):
@@ -120,13 +120,17 @@ def _check_target(out: Path, *, overwrite: bool, source: Path | None) -> None:
 def _check_space(out: Path, needed_bytes: int) -> None:
     if not needed_bytes:
         return
-    place = next(parent for parent in out.parents if parent.exists())
-    free, needed = shutil.disk_usage(place).free, needed_bytes + SPARE_BYTES
+    free, needed = shutil.disk_usage(_nearest(out.parent)).free, needed_bytes + SPARE_BYTES
     if free < needed:
         raise ConfigError(
             f"{out}: wanted {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; free some space or choose an "
             "output on another disk"
         )
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or the first of its parents that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def _make_parents(out: Path) -> list[Path]:

@@ -15,7 +15,7 @@ HEARTBEAT_SECONDS = 10.0
 @contextmanager
 def silent(name: str, total: int, unit: str) -> Iterator[Advance]:  # noqa: ARG001  the signature of `Stages`
     """Report nothing: the default of the Python API."""
-    yield lambda amount: None
+    yield lambda _: None
 
 
 @contextmanager
@@ -44,7 +44,14 @@ def heartbeat(name: str, total: int, unit: str) -> Iterator[Advance]:
 def bar(name: str, total: int, unit: str) -> Iterator[Advance]:
     """A rich progress bar on standard error with rate and time left."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description:<12}"),

@@ -328,7 +328,7 @@ def test_loading_gives_a_frozen_quiet_model(folder, capfd):
 
 def test_loading_never_invents_a_weight(folder):
     edit_weights(folder, lambda tensors: tensors.pop("model.norm.weight"))
-    with pytest.raises(CheckpointError, match="1 tensors missing, the first is model.norm.weight"):
+    with pytest.raises(CheckpointError, match=r"1 tensors missing, the first is model\.norm\.weight"):
         load_model(folder)
 
 

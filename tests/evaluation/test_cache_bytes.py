@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from pico import GQA_FAMILIES, every_family, pico, pico_config
 
 from headfuse.evaluation.cache_bytes import cache_report, computed_cache_bytes, measured_cache_bytes
 from headfuse.models.dha.llama import DhaLlamaConfig, DhaLlamaForCausalLM
 from headfuse.planning.plan import HeadPlan, LayerPlan
+from pico import GQA_FAMILIES, every_family, pico, pico_config
 
 KEY_MAP = [[0, 0, 1, 2], [0, 0, 0, 0]]
 VALUE_MAP = [[0, 1, 0, 1], [0, 1, 2, 3]]

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from pico import logits_of, pico
-from tiny_tokenizer import EOS, VOCABULARY, tiny_tokenizer
 
 from headfuse.errors import ConfigError
 from headfuse.evaluation.generation import generate_text
+from pico import logits_of, pico
+from tiny_tokenizer import EOS, VOCABULARY, tiny_tokenizer
 
 PROMPT = "the weather"
 

@@ -7,14 +7,14 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from pico import logits_of, pico
-from tiny_tokenizer import BOS, VOCABULARY, tiny_tokenizer
 
 from headfuse.errors import CheckpointError, ConfigError, TextError
 from headfuse.evaluation.loglikelihood import Score, encode_request, score_requests
 from headfuse.evaluation.report import EvaluationReport
 from headfuse.evaluation.task_files import Question, Request, Task, find_task_files, read_task
 from headfuse.evaluation.tasks import evaluate_tasks, summarize
+from pico import logits_of, pico
+from tiny_tokenizer import BOS, VOCABULARY, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +62,14 @@ def one_by_one(model, tokenizer, request):
 
 def test_scores_equal_those_of_one_request_at_a_time(model, tokenizer):
     requests = [Request("a" * (i % 7 + 1), " the" * (i % 5 + 1) + "bcd"[: i % 3]) for i in range(24)]
-    greedy = logits_of(model, torch.tensor([[BOS, *tokenizer("xyz", add_special_tokens=False)["input_ids"]]]))
-    text = tokenizer.decode(greedy[0, -1].argmax())
-    requests.append(Request("xyz", text))
+    contexts = torch.tensor([tokenizer(chr(code))["input_ids"] for code in range(ord("!"), 127)])
+    likeliest = logits_of(model, contexts)[:, -1].argmax(-1).tolist()
+    pairs = ((chr(code + ord("!")), tokenizer.decode(token)) for code, token in enumerate(likeliest))
+    requests.append(next(Request(*pair) for pair in pairs if pair[1].isascii() and pair[1].isalnum()))
+    expected = [one_by_one(model, tokenizer, request) for request in requests]
     for batch_tokens in (1, 37, 8192):
         scores = score_requests(model, tokenizer, requests, batch_tokens=batch_tokens)
-        for request, score in zip(requests, scores, strict=True):
-            loglikelihood, is_greedy = one_by_one(model, tokenizer, request)
+        for (loglikelihood, is_greedy), score in zip(expected, scores, strict=True):
             assert score.loglikelihood == pytest.approx(loglikelihood, rel=1e-4)
             assert score.is_greedy == is_greedy
         assert scores[-1].is_greedy

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
-from tiny_tokenizer import BOS, tiny_tokenizer
 
 from headfuse.errors import TextError
 from headfuse.text.rows import count_row_bytes, equal_shares, load_tokens
+from tiny_tokenizer import BOS, tiny_tokenizer
 
 TEXTS = [f"Document number {i} says something about the weather in town {i}." for i in range(20)]
 

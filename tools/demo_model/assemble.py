@@ -69,8 +69,7 @@ def model_card(model: Path, data: Path) -> str:
         length=training["options"]["length"],
         loss_rows="\n".join(f"| {name} | {loss:.3f} |" for name, loss in losses),
         source_rows="\n".join(
-            "| " + " | ".join(str(source[field]) for field in fields) + " |"
-            for source in facts["sources"]
+            "| " + " | ".join(str(source[field]) for field in fields) + " |" for source in facts["sources"]
         ),
     )
 

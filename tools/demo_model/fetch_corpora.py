@@ -66,18 +66,21 @@ class ProseParser(HTMLParser):
         self.pieces: list[str] = []
         self.skipping = 0
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:  # noqa: ARG002
+        """Ends a paragraph at a block element; ignores what the skipped elements hold."""
         self.skipping += tag in SKIPPED_TAGS
         if tag in BLOCK_TAGS:
             self.pieces.append("\n\n")
 
     def handle_endtag(self, tag: str) -> None:
+        """Ends a paragraph, or the skipping."""
         if tag in SKIPPED_TAGS:
             self.skipping = max(0, self.skipping - 1)
         if tag in BLOCK_TAGS:
             self.pieces.append("\n\n")
 
     def handle_data(self, data: str) -> None:
+        """Keeps text outside skipped elements."""
         if not self.skipping:
             self.pieces.append(data)
 
@@ -88,8 +91,7 @@ def prose(text: str) -> list[str]:
     return [
         p
         for p in paragraphs
-        if len(p.split()) >= MIN_WORDS
-        and sum(c.isalpha() or c == " " for c in p) >= MIN_LETTERS * len(p)
+        if len(p.split()) >= MIN_WORDS and sum(c.isalpha() or c == " " for c in p) >= MIN_LETTERS * len(p)
     ]
 
 

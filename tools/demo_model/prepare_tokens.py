@@ -51,9 +51,7 @@ def documents(text: str) -> Iterator[str]:
         yield "\n\n".join(paragraphs)
 
 
-def split_corpora(
-    folder: Path, rng: random.Random
-) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+def split_corpora(folder: Path, rng: random.Random) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Returns the training and the held-out documents of each corpus in ``folder``."""
     train, held_out = {}, {}
     for path in sorted(folder.glob("*.txt")):

@@ -169,8 +169,7 @@ def train(
             with amp:
                 losses = evaluate(model, val, args.length)
             print(
-                f"step {step + 1}  validation {mean_loss(losses, unseen):.3f}  "
-                f"{unseen} {losses[unseen]:.3f}",
+                f"step {step + 1}  validation {mean_loss(losses, unseen):.3f}  {unseen} {losses[unseen]:.3f}",
                 flush=True,
             )
     raise AssertionError("batches() never ends")

@@ -69,7 +69,7 @@ class AttentionHeads:
 
     @property
     def head_dim(self) -> int:
-        """d."""
+        """Width of one head, d."""
         return self.q.shape[1]
 
     @property

@@ -13,7 +13,7 @@ import headfuse.models.dha  # noqa: F401  registers the decoupled classes
 from headfuse.checkpoints.headers import read_json
 from headfuse.checkpoints.quiet import quiet
 from headfuse.checkpoints.source import Source
-from headfuse.errors import CheckpointError, HeadfuseError, UnsupportedArchitectureError
+from headfuse.errors import CheckpointError, UnsupportedArchitectureError
 
 # Any of these means that the folder has a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -57,7 +57,7 @@ def load_model(
     Raises CheckpointError if a weight is missing or has another shape than the configuration says.
     """
     folder, allow_pickle = _folder(source)
-    model = _from_pretrained(folder, allow_pickle=allow_pickle, dtype=dtype)
+    model = _from_pretrained(folder, allow_pickle=allow_pickle, dtype=dtype, attn_implementation="sdpa")
     return model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
 
 
@@ -88,7 +88,6 @@ def _from_pretrained(folder: Path, *, allow_pickle: bool, **options: Any) -> Pre
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
-                attn_implementation="sdpa",
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=None if allow_pickle else True,
@@ -96,8 +95,6 @@ def _from_pretrained(folder: Path, *, allow_pickle: bool, **options: Any) -> Pre
                 ignore_mismatched_sizes=True,  # reported below, in one line
                 **options,
             )
-    except HeadfuseError:
-        raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {_one_line(error)}") from error
     model, report = loaded

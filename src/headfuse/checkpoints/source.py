@@ -3,6 +3,7 @@
 Whatever the user names becomes a local folder here; the rest of headfuse only reads folders.
 """
 
+import errno
 import re
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,7 +15,7 @@ from headfuse.errors import CheckpointError
 
 SourceKind = Literal["folder", "hub", "demo", "smollm2"]
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 HUB_FILES = (
     "*.json",
     "model*.safetensors",
@@ -61,12 +62,14 @@ def locate(model: str, *, allow_pickle: bool = False) -> Source:
         folder, version = smollm2_folder()
         return Source(model, folder, "smollm2", version, allow_pickle)
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return Source(model, path, allow_pickle=allow_pickle)
-    if path.exists():
+    if path.is_file():
         raise CheckpointError(f"{model}: wanted a model folder, got a file; give the folder that holds its config.json")
-    if not HUB_ID.fullmatch(model) or set(model) <= {".", "/"}:
-        raise CheckpointError(f"{model}: no such folder; give a model folder, a Hugging Face id, demo or smollm2")
+    if not HUB_ID.fullmatch(model):
+        raise CheckpointError(
+            f"{model or 'empty name'}: no such folder; give a model folder, a Hugging Face id, demo or smollm2"
+        )
     folder = _download(model, allow_pickle=allow_pickle)
     return Source(model, folder, "hub", folder.name, allow_pickle)
 
@@ -104,8 +107,13 @@ def _snapshot(model: str, patterns: tuple[str, ...]) -> Path:
             f"{model}: neither a folder here nor a public model on huggingface.co; check the spelling, or run "
             "`hf auth login` for a private one"
         ) from error
-    except (OSError, errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as error:
+    except Exception as error:  # of the HTTP client, whose library differs between versions of huggingface_hub
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise CheckpointError(
+                f"{model}: the disk is full; free some space, or set HF_HOME to move the download"
+            ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise CheckpointError(
-            f"{model}: no such folder here, and huggingface.co cannot be reached to look there; go online, or give a "
+            f"{model}: no such folder here, and huggingface.co could not be asked ({reason}); go online, or give a "
             "local folder, demo or smollm2"
         ) from error

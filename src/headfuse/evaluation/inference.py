@@ -5,7 +5,9 @@ from contextlib import contextmanager, nullcontext
 from typing import Literal, get_args
 
 import torch
-from torch import nn
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from headfuse.errors import ConfigError
 
@@ -39,6 +41,11 @@ def measuring(*models: nn.Module, precision: Precision = "fp32") -> Iterator[Non
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter, for a language model its embedding, lives."""
     return next(model.parameters()).device
+
+
+def forward_logits(model: PreTrainedModel, tokens: Int64[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
+    """Logits in the dtype that the model gives them, through its own forward: some families scale or cap them."""
+    return model(input_ids=tokens.to(device_of(model)), use_cache=False).logits
 
 
 def rows_per_batch(length: int, vocab_size: int, batch_tokens: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headfuse.errors import CheckpointError, TextError
-from headfuse.evaluation.inference import Precision, device_of, measuring, rows_per_batch
+from headfuse.evaluation.inference import Precision, forward_logits, measuring, rows_per_batch
 from headfuse.evaluation.task_files import Request
 from headfuse.progress import Stages, silent
 
@@ -86,7 +86,7 @@ def _score_batch(model: PreTrainedModel, batch: list[EncodedRequest]) -> list[Sc
     inputs = torch.zeros(len(batch), width, dtype=torch.int64)
     for row, one in zip(inputs, batch, strict=True):
         row[: len(one.ids) - 1] = torch.tensor(one.ids[:-1])
-    logits = model(input_ids=inputs.to(device_of(model)), use_cache=False).logits
+    logits = forward_logits(model, inputs)
     found = []
     for row, one in zip(logits, batch, strict=True):
         targets = torch.tensor(one.ids[one.num_context :], device=row.device)

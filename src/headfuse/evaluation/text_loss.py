@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headfuse.errors import CheckpointError, ConfigError
-from headfuse.evaluation.inference import Precision, device_of, measuring, rows_per_batch
+from headfuse.evaluation.inference import Precision, forward_logits, measuring, rows_per_batch
 from headfuse.progress import Stages, silent
 from headfuse.text.rows import TokenRows
 
@@ -100,7 +100,7 @@ def measure_text_loss(
     sums, started = [], time.monotonic()
     with measuring(*models, precision=precision), progress("evaluate", rows.num_tokens, "tokens") as advance:
         for batch in rows.tokens.split(size):
-            sums.append(batch_sums(batch, *(run(one, batch) for one in models)))
+            sums.append(batch_sums(batch, *(forward_logits(one, batch) for one in models)))
             advance(batch.numel())
     speed = rows.num_tokens / max(time.monotonic() - started, 1e-9)
     table = torch.cat(sums)
@@ -112,11 +112,6 @@ def measure_text_loss(
             domains[name] = _means(table, rows, row_bytes, rows.row_domain == index)
     overall = _means(table, rows, row_bytes, torch.ones(len(table), dtype=torch.bool))
     return TextLoss(overall, domains, precision, speed)
-
-
-def run(model: PreTrainedModel, tokens: Int64[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-    """Logits in the dtype that the model gives them, through its own forward: some families scale or cap them."""
-    return model(input_ids=tokens.to(device_of(model)), use_cache=False).logits
 
 
 def batch_sums(

@@ -1,1 +1,1 @@
-"""headfuse."""
+"""What people read: tables of results."""

@@ -91,7 +91,7 @@ def closed_form(heads: AttentionHeads, moments: HeadMoments, groups: HeadGroups)
 
 
 def share_values(heads: AttentionHeads, moments: HeadMoments, groups: Sequence[Group]) -> AttentionHeads:
-    """Shared value head `B v` with `B = U^T L` and output columns `W_O C`, `C = L^-1 U` (U: top-d eigenvectors of L S L)."""
+    """Shared head `B v` with `B = U^T L` and output columns `W_O C`, `C = L^-1 U` (U: top-d eigenvectors of L S L)."""
     root, inverse = root_and_inverse(moments.output_metric)
     gram = weighted(moments.values, root)
     rows, width = extended(heads.v, heads.v_bias), heads.head_dim

@@ -65,23 +65,18 @@ def similarity(grams: HeadGrams, item: Literal["key", "value"]) -> Float[Tensor,
     "cos": the mean cosine of two heads' rows, at most 1. "dist": minus their mean squared distance, at most 0. The
     optimum of `tr(Q^T G_ij)` is the nuclear norm of the Gram block, and `|G_ij|` in a rotary plane (1.7).
     """
-    key = item == "key"
-    matrices, phases = (grams.key_rest, grams.key_planes) if key else (grams.values, grams.key_planes[:0])
-    num_heads = matrices.shape[0]
-    overlap = matrices.new_zeros(num_heads, num_heads)
-    if key:
-        overlap += phases.abs().sum(0)
-    first, second = torch.triu_indices(num_heads, num_heads, 1, device=overlap.device)
+    phases, matrices = (grams.key_planes, grams.key_rest) if item == "key" else (_none(grams), grams.values)
+    num_heads = len(matrices)
+    first, second = torch.triu_indices(num_heads, num_heads, 1, device=matrices.device)
+    best = phases[:, first, second].abs().sum(0)
     if first.numel() and matrices.shape[1]:
-        nuclear = torch.linalg.svdvals(matrices.transpose(1, 2)[first, second]).sum(-1)
-        overlap[first, second] += nuclear
-        overlap[second, first] += nuclear
+        best = best + torch.linalg.svdvals(matrices.transpose(1, 2)[first, second]).sum(-1)
     if grams.criterion == "dist":
-        energy = torch.einsum("iaia->i", matrices)
-        if key:
-            energy = energy + torch.einsum("fii->i", phases).real
-        overlap = 2 * overlap - (energy[:, None] + energy[None])
-    return overlap.fill_diagonal_(0)
+        energy = torch.einsum("fii->i", phases).real + torch.einsum("iaia->i", matrices)
+        best = 2 * best - energy[first] - energy[second]
+    scores = matrices.new_zeros(num_heads, num_heads)
+    scores[first, second] = scores[second, first] = best
+    return scores
 
 
 def procrustes_price(grams: HeadGrams, item: Item) -> Price:
@@ -99,9 +94,8 @@ def group_rotations(grams: HeadGrams, groups: HeadGroups, *, keys: bool = True) 
     values = torch.eye(width).to(grams.values).repeat(len(grams.values), 1, 1)
     key_planes = torch.ones(num_keys, num_planes).to(grams.key_planes)
     key_rest = torch.eye(rest).to(grams.key_rest).repeat(num_keys, 1, 1)
-    no_planes = grams.key_planes.new_zeros(0, len(grams.values), len(grams.values))
     for group in groups.values:
-        values[list(group)] = _generalised(no_planes, grams.values, group)[1]
+        values[list(group)] = _generalised(_none(grams), grams.values, group)[1]
     for group in groups.keys if keys else ():
         key_planes[list(group)], key_rest[list(group)] = _generalised(grams.key_planes, grams.key_rest, group)
     return Rotations(values, key_planes, key_rest)
@@ -161,6 +155,11 @@ def procrustes(
     aligned = align(heads.to(torch.float64), rotations)
     pooled = mean_pool(aligned, aligned_moments(moments, rotations), groups, restore_norm=restore_norm)
     return pooled.to(heads.q.dtype)
+
+
+def _none(grams: HeadGrams) -> Complex[Tensor, "0 V V"]:
+    """The rotary planes of values: there are none."""
+    return grams.key_planes.new_zeros(0, len(grams.values), len(grams.values))
 
 
 def _turned(

@@ -1,0 +1,270 @@
+"""The command line: parse, call one stage, print. Results go to standard output, progress to standard error."""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from headfuse.errors import ConfigError, HeadfuseError
+
+app = typer.Typer(
+    name="headfuse",
+    help="Turn a transformer checkpoint with many key/value heads into one with few.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+
+Model = Annotated[str, typer.Argument(help="A model folder, a Hugging Face id, `demo` or `smollm2`.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default the first GPU, else the CPU.")]
+Tokens = Annotated[str, typer.Option(help="Number of tokens: 65536, 64k, 1M.")]
+
+
+class Precision(StrEnum):
+    """How to compute; the default takes bf16 where the hardware multiplies it natively."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+PrecisionOption = Annotated[Precision | None, typer.Option(help="By default bf16 where the hardware is fast at it.")]
+
+
+class Target(StrEnum):
+    """Shape of the result."""
+
+    gqa = "gqa"
+    dha = "dha"
+
+
+class Budget(StrEnum):
+    """How heads are spread over layers."""
+
+    uniform = "uniform"
+    adaptive = "adaptive"
+
+
+class Criterion(StrEnum):
+    """What Procrustes compares."""
+
+    dist = "dist"
+    cos = "cos"
+
+
+class Item(StrEnum):
+    """Which heads' similarity decides the groups."""
+
+    values = "value"
+    key = "key"
+    none = "none"
+
+
+def main() -> None:
+    """Run the command line; errors a user can cause are one line and exit status 2."""
+    try:
+        app(standalone_mode=True)
+    except HeadfuseError as error:
+        sys.stderr.write(f"headfuse: {' '.join(str(error).split())}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("headfuse: interrupted; nothing was left behind\n")
+        sys.exit(130)
+
+
+@app.command()
+def inspect(model: Model, *, allow_pickle: bool = False, as_json: Json = False) -> None:
+    """Show a model's attention, what its KV cache costs and which conversions apply."""
+    from headfuse.checkpoints.describe import describe
+    from headfuse.checkpoints.source import locate
+    from headfuse.report.tables import description_table
+
+    found = describe(locate(model, allow_pickle=allow_pickle))
+    _print(found.model_dump(mode="json"), description_table(found), as_json=as_json)
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The folder to create.")],
+    *,
+    method: Annotated[str, typer.Option(help="closed-form, procrustes or mean-pool.")] = "closed-form",
+    target: Annotated[Target, typer.Option(help="dha: decoupled heads; gqa: a stock checkpoint.")] = Target.dha,
+    kv: Annotated[str, typer.Option(help="Cache to keep: 25%, 4x (four times less) or 0.25.")] = "25%",
+    key_heads: Annotated[int | None, typer.Option(help="Key heads per layer, instead of --kv.")] = None,
+    value_heads: Annotated[int | None, typer.Option(help="Value heads per layer, instead of --kv.")] = None,
+    budget: Annotated[Budget, typer.Option(help="The same heads in every layer, or a knapsack.")] = Budget.uniform,
+    calibration: Annotated[
+        str | None, typer.Option(help=".txt, .jsonl, .parquet, token .npy/.npz, Hub data set; default: built-in text.")
+    ] = None,
+    calibration_tokens: Tokens = "65536",
+    length: Annotated[int, typer.Option(help="Tokens per calibration row.")] = 1024,
+    refit: Annotated[bool, typer.Option(help="Regress every layer onto the original's output.")] = True,
+    refit_steps: Annotated[int, typer.Option(help="Steps of 2048 tokens per layer.", min=1)] = 240,
+    criterion: Annotated[Criterion, typer.Option(help="procrustes: squared distance or cosine.")] = Criterion.dist,
+    group_on: Annotated[Item, typer.Option(help="procrustes, target gqa: what decides the groups.")] = Item.values,
+    restore_norm: Annotated[bool, typer.Option(help="Scale pooled heads to their members' energy.")] = False,
+    statistics: Annotated[
+        Path | None, typer.Option(help="Folder to save the statistics in and reuse them from.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="plan.json whose groups to use instead of a search.")] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    precision: PrecisionOption = None,
+    allow_pickle: Annotated[bool, typer.Option(help="Accept pickled weights (tensors only, no code).")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model folder that stands at OUT.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert MODEL into OUT: statistics, plan, shared heads, refit, exactness checks."""
+    from headfuse.conversion import Settings
+    from headfuse.pipeline import Calibration, Placement
+    from headfuse.pipeline import convert as run
+    from headfuse.planning.budget import parse_budget
+    from headfuse.progress import for_terminal
+    from headfuse.report.tables import conversion_table
+    from headfuse.sharing.methods import SharingOptions, method_named
+    from headfuse.sharing.refit import RefitOptions
+
+    method_named(method)
+    settings = Settings(
+        method=method,
+        target=target.value,
+        share=parse_budget(kv),
+        key_heads=key_heads,
+        value_heads=value_heads,
+        budget=budget.value,
+        options=SharingOptions(criterion.value, group_on.value, restore_norm),
+        refit=RefitOptions(steps=refit_steps) if refit else None,
+        seed=seed,
+    )
+    done = run(
+        model,
+        out,
+        settings,
+        Calibration(calibration, _count(calibration_tokens), length),
+        statistics_folder=statistics,
+        plan=plan,
+        placement=Placement(device, precision),
+        allow_pickle=allow_pickle,
+        overwrite=overwrite,
+        command=["headfuse", *sys.argv[1:]],
+        stages=for_terminal(),
+    )
+    _print(done.as_dict(), conversion_table(done), as_json=as_json)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    *,
+    against: Annotated[str | None, typer.Option(help="The original model: adds KL, agreement and deltas.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="As --calibration; default: built-in text kept for evaluation.")
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="Number of tokens: 65536, 64k, 1M, or `all` of the text.")] = "65536",
+    length: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
+    tasks: Annotated[str, typer.Option(help="Task files or folders, or lm-evaluation-harness names, by commas.")] = "",
+    limit: Annotated[int | None, typer.Option(help="First questions of each task.", min=1)] = None,
+    max_delta_ce: Annotated[
+        float | None, typer.Option(help="Fail (exit 1) if cross-entropy rises by more, in nats; wants --against.")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    precision: PrecisionOption = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model: cross-entropy, distance to the original, bytes of its real cache, tasks."""
+    from headfuse.pipeline import Placement
+    from headfuse.pipeline import evaluate as run
+    from headfuse.progress import for_terminal
+    from headfuse.report.tables import evaluation_table
+
+    if max_delta_ce is not None and against is None:
+        raise ConfigError("--max-delta-ce wants a model to compare with; add --against MODEL")
+    found = run(
+        model,
+        against=against,
+        text=text,
+        tokens=None if tokens == "all" else _count(tokens),
+        length=length,
+        tasks=[task for task in tasks.split(",") if task],
+        limit=limit,
+        seed=seed,
+        placement=Placement(device, precision),
+        stages=for_terminal(),
+    )
+    _print(found.as_dict(), evaluation_table(found), as_json=as_json)
+    if max_delta_ce is not None and found.text is not None:
+        delta = found.text["cross_entropy"] - found.text["reference_cross_entropy"]
+        if not delta <= max_delta_ce:
+            sys.stderr.write(
+                f"headfuse: gate failed: cross-entropy rose by {delta:+.4f} nats, wanted {max_delta_ce:+g}\n"
+            )
+            raise typer.Exit(1)
+
+
+@app.command()
+def generate(
+    model: Model,
+    *,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Write a continuation of a prompt."""
+    from headfuse.checkpoints.loading import load_model, load_tokenizer
+    from headfuse.checkpoints.source import locate
+    from headfuse.errors import CheckpointError
+    from headfuse.evaluation.generation import generate_text
+    from headfuse.pipeline import Placement
+
+    source = locate(model)
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise CheckpointError(f"{model}: wanted a tokenizer, the folder has none; copy the original's into it")
+    where, _ = Placement(device).resolve()
+    text = generate_text(
+        load_model(source, device=where),
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+    _print({"prompt": prompt, "text": text}, prompt + text, as_json=as_json)
+
+
+@app.command()
+def demo(*, seed: Seed = 0, device: Device = None, as_json: Json = False) -> None:
+    """Convert the model that ships with headfuse by every method and compare."""
+    from headfuse.demo import demonstrate
+    from headfuse.pipeline import Placement
+    from headfuse.progress import for_terminal
+    from headfuse.report.tables import demonstration_table
+
+    found = demonstrate(seed=seed, placement=Placement(device), stages=for_terminal())
+    _print(found.as_dict(), demonstration_table(found), as_json=as_json)
+
+
+def _count(text: str) -> int:
+    """A number of tokens: 65536, 64k (64 * 1024), 1M (10^6)."""
+    units = {"k": 1024, "M": 10**6, "B": 10**9}
+    digits, unit = (text[:-1], units[text[-1]]) if text and text[-1] in units else (text, 1)
+    try:
+        number = round(float(digits) * unit)
+    except (ValueError, OverflowError):
+        number = 0
+    if number < 1:
+        raise ConfigError(f"wanted a number of tokens, got {text!r}; write for example 65536, 64k or 1M")
+    return number
+
+
+def _print(content: dict[str, Any], text: str, *, as_json: bool) -> None:
+    sys.stdout.write((json.dumps(content, indent=1, allow_nan=False) if as_json else text) + "\n")

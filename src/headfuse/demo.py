@@ -1,0 +1,79 @@
+"""`headfuse demo`: the model that ships with the package, converted by every method, before and after side by side."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from headfuse.checkpoints.loading import load_model, load_tokenizer
+from headfuse.checkpoints.registry import adapter_for
+from headfuse.checkpoints.source import locate
+from headfuse.comparison import Case, Comparison, Result
+from headfuse.conversion import LoadedModel, Settings
+from headfuse.errors import CheckpointError
+from headfuse.evaluation.generation import generate_text
+from headfuse.pipeline import Calibration, Placement, convert
+from headfuse.progress import Stages, silent
+from headfuse.text.builtin import Part
+from headfuse.text.rows import load_tokens
+
+MODEL, KV = "demo", "25%"
+PROMPT = "This function returns"
+EVALUATION_TOKENS = 32768
+CASES: Sequence[Settings] = (
+    Settings("mean-pool", "gqa", refit=None),
+    Settings("procrustes", "gqa", refit=None),
+    Settings("closed-form", "gqa", refit=None),
+    Settings("closed-form", "dha", refit=None),
+    Settings("closed-form", "dha"),
+)
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """The table, and what the model writes before and after the last conversion, loaded from its folder."""
+
+    kv_bytes_before: int
+    rows: list[Result]
+    prompt: str
+    before: str
+    after: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "model": MODEL,
+            "kv_bytes_per_token": self.kv_bytes_before,
+            "rows": [row.as_dict() for row in self.rows],
+            "prompt": self.prompt,
+            "before": self.before,
+            "after": self.after,
+        }
+
+
+def demonstrate(*, seed: int = 0, placement: Placement | None = None, stages: Stages = silent) -> Demonstration:
+    """Run the demo: every method in memory, then the best one to a folder and back."""
+    device, precision = (placement or Placement()).resolve()
+    source = locate(MODEL)
+    model, reference = (load_model(source, device=device) for _ in range(2))
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise CheckpointError(f"{source.folder}: wanted the demo's tokenizer, it is gone; reinstall headfuse")
+    loaded = LoadedModel.of(model, adapter_for(model.config))
+    calibration = Calibration()
+    parts: tuple[tuple[int, Part], ...] = ((calibration.tokens, "calibration"), (EVALUATION_TOKENS, "evaluation"))
+    texts = [
+        load_tokens(None, tokenizer, num_tokens=tokens, length=calibration.length, seed=seed, part=part)
+        for tokens, part in parts
+    ]
+    comparison = Comparison(MODEL, loaded, reference, texts[0].tokens, texts[1])
+    cases = [Case(KV, replace(settings, seed=seed, precision=precision)) for settings in CASES]
+    rows = list(comparison.run(cases, stages=stages))
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "demo-25"
+        convert(MODEL, out, cases[-1].settings, calibration, placement=placement, stages=stages)
+        after = generate_text(load_model(out, device=device), tokenizer, PROMPT, max_new_tokens=40)
+    before = generate_text(reference, tokenizer, PROMPT, max_new_tokens=40)
+    heads = sum(layer.num_key_heads + layer.num_value_heads for layer in loaded.heads)
+    return Demonstration(heads * loaded.heads[0].head_dim * 2, rows, PROMPT, before, after)

@@ -1,0 +1,334 @@
+"""The whole story on one page: a checkpoint in, a smaller-cache checkpoint out."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from headfuse.checkpoints.assembly import decoupled_config, decoupled_model_state, stock_config, stock_model_state
+from headfuse.checkpoints.card import ModelCard
+from headfuse.checkpoints.heads import AttentionHeads
+from headfuse.checkpoints.loading import load_config, load_model, load_tokenizer
+from headfuse.checkpoints.registry import adapter_for
+from headfuse.checkpoints.source import Source, locate
+from headfuse.checkpoints.validation import check_checkpoint, check_weights
+from headfuse.checkpoints.write import write_checkpoint
+from headfuse.conversion import (
+    Converted,
+    LoadedModel,
+    Settings,
+    check_reachable,
+    convert_heads,
+    gather_statistics,
+    needs_unit_rows,
+)
+from headfuse.errors import CheckpointError
+from headfuse.evaluation.cache_bytes import cache_report
+from headfuse.evaluation.report import EvaluationReport
+from headfuse.evaluation.tasks import evaluate_tasks
+from headfuse.evaluation.text_loss import measure_text_loss
+from headfuse.folder import OutputFolder, writing
+from headfuse.manifest import identify, manifest, peak_memory
+from headfuse.models.dha.export import export_code
+from headfuse.planning.plan import HeadPlan
+from headfuse.progress import Stages, silent
+from headfuse.statistics.collect import load_statistics, memory_needed, save_statistics
+from headfuse.statistics.moments import LayerStatistics
+from headfuse.statistics.stream import best_precision
+from headfuse.text.rows import TokenRows, count_row_bytes, load_tokens
+
+# Logits of the split and of the written model may differ from their references by this, relative to the largest.
+PARITY_TOLERANCE = 1e-4
+PARITY_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration text: a source as `load_tokens` takes it (None: built-in), cut into rows of `length` tokens."""
+
+    source: str | None = None
+    tokens: int = 65536
+    length: int = 1024
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did. Bytes are of the cache per token, at the stored dtype."""
+
+    out: Path
+    plan: HeadPlan
+    kv_bytes_before: int
+    kv_bytes_after: int
+    refit_error: tuple[float, float] | None  # mean relative error of the layers, before and after
+    parity: dict[str, float]
+    seconds: dict[str, float]
+    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "out": str(self.out),
+            "target": self.plan.target,
+            "kv_bytes_per_token": {"before": self.kv_bytes_before, "after": self.kv_bytes_after},
+            "key_heads": [layer.num_key_heads for layer in self.plan.layers],
+            "value_heads": [layer.num_value_heads for layer in self.plan.layers],
+            "refit_error": None
+            if self.refit_error is None
+            else dict(zip(("before", "after"), self.refit_error, strict=True)),
+            "parity": self.parity,
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how precisely to compute; None chooses by the hardware."""
+
+    device: str | None = None
+    precision: str | None = None
+
+    def resolve(self) -> tuple[torch.device, str]:
+        """The device and the precision to use."""
+        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return device, self.precision or best_precision(device)
+
+
+def convert(
+    model: str | Path,
+    out: str | Path,
+    settings: Settings | None = None,
+    calibration: Calibration | None = None,
+    *,
+    statistics_folder: Path | None = None,
+    plan: Path | None = None,
+    placement: Placement | None = None,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+    command: Sequence[str] = (),
+    stages: Stages = silent,
+) -> Conversion:
+    """Convert `model` (a folder, a Hub id, `demo` or `smollm2`) into the new folder `out`.
+
+    Raises a HeadfuseError, and leaves `out` as it was, for anything that a user can cause.
+    """
+    started = time.monotonic()
+    settings, calibration = settings or Settings(), calibration or Calibration()
+    device, precision = (placement or Placement()).resolve()
+    settings = replace(settings, precision=precision)
+    source = locate(str(model), allow_pickle=allow_pickle)
+    check_checkpoint(source.folder, allow_pickle=allow_pickle)
+    wanted_plan = None if plan is None else HeadPlan.load(plan)
+    if wanted_plan is not None:
+        settings = replace(settings, target=wanted_plan.target)
+    estimate = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
+    with writing(Path(out), overwrite=overwrite, needed_bytes=estimate, source=source.folder) as folder:
+        stock = load_model(source, dtype=torch.float32, device=device)
+        loaded = LoadedModel.of(stock, adapter_for(stock.config))
+        check_reachable(loaded, settings)
+        rows = _rows(source, calibration, settings.seed, stock.config.vocab_size)
+        parity = {"split": _parity(stock, loaded, loaded.heads, rows.tokens)}
+        statistics = _statistics(loaded, rows, settings, source, statistics_folder, stages)
+        seconds = {"load and statistics": time.monotonic() - started}
+        converted = convert_heads(loaded, rows.tokens, settings, statistics=statistics, plan=wanted_plan, stages=stages)
+        seconds |= {name: value for name, value in converted.seconds.items() if name != "statistics"}
+        writing_started = time.monotonic()
+        dtype = _stored_dtype(source)
+        kv_bytes = _kv_bytes(loaded, converted, dtype)
+        _write(folder, loaded, converted, source, settings, dtype, kv_bytes)
+        parity["written"] = _written_parity(folder, loaded, converted, dtype, rows.tokens, device)
+        seconds["write"] = time.monotonic() - writing_started
+        seconds["total"] = time.monotonic() - started
+        _record(folder, converted, source, settings, parity, seconds, command)
+    errors = [(report.before, report.after) for report in converted.refits]
+    mean = tuple(sum(column) / len(errors) for column in zip(*errors, strict=True)) if errors else None
+    return Conversion(Path(out), converted.plan, *kv_bytes, mean, parity, seconds, peak_memory())  # type: ignore[arg-type]
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    text: str | None = None,
+    tokens: int | None = 65536,
+    length: int = 1024,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    seed: int = 0,
+    placement: Placement | None = None,
+    stages: Stages = silent,
+) -> EvaluationReport:
+    """Measure a model, stock or converted: text loss, distance to `against`, cache bytes, tasks."""
+    device, precision = (placement or Placement()).resolve()
+    source = locate(str(model))
+    check_weights(source.folder)
+    judged = load_model(source, device=device)
+    reference = None if against is None else load_model(locate(str(against)), device=device)
+    tokenizer = load_tokenizer(source) or (load_tokenizer(locate(str(against))) if against is not None else None)
+    longest = getattr(judged.config, "max_position_embeddings", None) or length
+    rows = load_tokens(
+        text,
+        tokenizer,
+        num_tokens=tokens,
+        length=min(length, longest),
+        seed=seed,
+        part="evaluation",
+        vocab_size=judged.config.vocab_size,
+    )
+    row_bytes = None if tokenizer is None else count_row_bytes(rows.tokens, tokenizer)
+    loss = measure_text_loss(
+        judged, rows, reference=reference, row_bytes=row_bytes, precision=_evaluation(precision), progress=stages
+    )
+    found: dict[str, dict[str, Any]] = {}
+    if tasks:
+        if tokenizer is None:
+            raise CheckpointError(
+                f"{source.folder}: tasks want a tokenizer, the folder has none; copy it into the folder"
+            )
+        found = evaluate_tasks(judged, tokenizer, tasks, precision=_evaluation(precision), limit=limit, progress=stages)
+    cache = cache_report(judged.to(_stored_dtype(source)))  # type: ignore[arg-type]
+    return EvaluationReport(model=source.public_name, text=loss.as_dict(), cache=cache, tasks=found)
+
+
+def _evaluation(precision: str) -> Any:
+    return precision
+
+
+def _rows(source: Source, calibration: Calibration, seed: int, vocab_size: int) -> TokenRows:
+    config = load_config(source.folder)
+    longest = getattr(config, "max_position_embeddings", None) or calibration.length
+    return load_tokens(
+        calibration.source,
+        load_tokenizer(source),
+        num_tokens=calibration.tokens,
+        length=min(calibration.length, longest),
+        seed=seed,
+        vocab_size=vocab_size,
+    )
+
+
+def _statistics(
+    loaded: LoadedModel,
+    rows: TokenRows,
+    settings: Settings,
+    source: Source,
+    folder: Path | None,
+    stages: Stages,
+) -> list[LayerStatistics]:
+    """The statistics of these rows: read from `folder` if it holds them, else gathered and saved there."""
+    unit_rows = needs_unit_rows(loaded, settings)
+    identity = {
+        "model": identify(source.folder, name=source.public_name).model_dump(),
+        "text": rows.digest(),
+        "unit_rows": unit_rows,
+        "precision": settings.precision,
+    }
+    if folder is not None and (found := load_statistics(folder, identity)) is not None:
+        return found
+    size = memory_needed(loaded.heads[0], len(loaded.layers), unit_rows=unit_rows)
+    with stages(f"statistics of {size / 1e6:,.0f} MB", 0, "MB"):
+        pass
+    statistics = gather_statistics(loaded, rows.tokens, settings, stages)
+    if folder is not None:
+        save_statistics(folder, statistics, identity)
+    return statistics
+
+
+@torch.no_grad()
+def _parity(
+    stock: PreTrainedModel, loaded: LoadedModel, heads: Sequence[AttentionHeads], tokens: Int64[Tensor, "N T"]
+) -> float:
+    """Largest relative logit difference between the stock model and the same model computed from `heads`, fp32.
+
+    Raises CheckpointError if it is not small: then an adapter misreads this checkpoint, and nothing must be written.
+    """
+    sample = tokens[:1, :PARITY_TOKENS].to(stock.device)
+    wanted = stock(sample, use_cache=False).logits
+    with loaded.with_heads(heads):
+        found = stock(sample, use_cache=False).logits
+    return _difference("the checkpoint's heads", wanted, found)
+
+
+@torch.no_grad()
+def _written_parity(
+    folder: OutputFolder,
+    loaded: LoadedModel,
+    converted: Converted,
+    dtype: torch.dtype,
+    tokens: Int64[Tensor, "N T"],
+    device: torch.device,
+) -> float:
+    """The same between the converted heads, rounded as stored, and the folder as transformers loads it."""
+    sample = tokens[:1, :PARITY_TOKENS].to(device)
+    rounded = [heads.to(dtype).to(torch.float32) for heads in converted.heads]
+    with loaded.with_heads(rounded):
+        wanted = loaded.model(sample, use_cache=False).logits
+    found = load_model(folder.root, device=device)(sample, use_cache=False).logits
+    return _difference("the written folder", wanted, found)
+
+
+def _difference(name: str, wanted: Tensor, found: Tensor) -> float:
+    difference = ((wanted - found).abs().max() / wanted.abs().max().clamp_min(1e-30)).item()
+    if not difference <= PARITY_TOLERANCE:
+        raise CheckpointError(
+            f"{name}: wanted the same logits to {PARITY_TOLERANCE:g}, got a relative difference of {difference:.2g}; "
+            "nothing was written: please report this model's configuration"
+        )
+    return difference
+
+
+def _stored_dtype(source: Source) -> torch.dtype:
+    """The dtype of the source's weights, in which the result is stored too."""
+    dtype = getattr(load_config(source.folder), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _kv_bytes(loaded: LoadedModel, converted: Converted, dtype: torch.dtype) -> tuple[int, int]:
+    before = sum(heads.num_key_heads + heads.num_value_heads for heads in loaded.heads)
+    return before * converted.plan.head_dim * dtype.itemsize, converted.plan.kv_bytes_per_token(dtype.itemsize)
+
+
+def _write(
+    folder: OutputFolder,
+    loaded: LoadedModel,
+    converted: Converted,
+    source: Source,
+    settings: Settings,
+    dtype: torch.dtype,
+    kv_bytes: tuple[int, int],
+) -> None:
+    """Weights, configuration, code, tokenizer and card."""
+    state, adapter, stock = loaded.model.state_dict(), loaded.adapter, loaded.model.config
+    if settings.target == "gqa":
+        tensors = stock_model_state(state, adapter, converted.heads)
+        config: dict[str, Any] = stock_config(stock, adapter, converted.heads).to_dict()
+        config["architectures"] = [type(loaded.model).__name__]
+    else:
+        tensors = decoupled_model_state(state, adapter, converted.heads)
+        config = decoupled_config(stock, adapter, converted.heads).to_dict()
+        config |= export_code(adapter.family, folder.root)
+    card = ModelCard.for_source(source, method=settings.method, target=settings.target, kv_bytes=kv_bytes)
+    write_checkpoint(folder.root, tensors, config, source=source.folder, dtype=dtype, card=card)
+
+
+def _record(
+    folder: OutputFolder,
+    converted: Converted,
+    source: Source,
+    settings: Settings,
+    parity: dict[str, float],
+    seconds: dict[str, float],
+    command: Sequence[str],
+) -> None:
+    converted.plan.save(folder.plan)
+    folder.parity.write_text(json.dumps(parity, indent=1) + "\n", encoding="utf-8")
+    identity = identify(source.folder, name=source.public_name, revision=source.revision)
+    record = manifest(list(command), seed=settings.seed, source=identity, seconds=seconds)
+    folder.manifest.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")

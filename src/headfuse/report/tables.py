@@ -1,0 +1,155 @@
+"""Results as plain text tables for the terminal and as Markdown for the README."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headfuse.checkpoints.describe import Description
+    from headfuse.demo import Demonstration
+    from headfuse.evaluation.report import EvaluationReport
+    from headfuse.pipeline import Conversion
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned with spaces: text to the left, numbers to the right."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(header))]
+
+    def cell(text: str, column: int) -> str:
+        return text.rjust(widths[column]) if numeric[column] else text.ljust(widths[column])
+
+    return "\n".join("  ".join(cell(text, i) for i, text in enumerate(line)).rstrip() for line in lines)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same as a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def description_table(found: "Description") -> str:
+    """What `inspect` prints."""
+    rope = found.rope
+    positions = "none" if rope.kind == "none" else f"{rope.kind}, {rope.channels} channels, theta {rope.theta:g}"
+    facts = [
+        ("family", found.family),
+        ("parameters", f"{found.parameters:,} ({found.dtype}, {found.weight_bytes / 1e6:,.1f} MB)"),
+        ("layers", str(found.layers)),
+        ("query heads", f"{found.query_heads} of {found.head_dim}"),
+        ("key heads", _counts(found.key_heads)),
+        ("value heads", _counts(found.value_heads)),
+        ("rotary positions", positions + (f", {rope.scaling} scaling" if rope.scaling else "")),
+        ("biases", " ".join(found.biases) or "none"),
+        ("q/k norm", found.qk_norm),
+        ("KV cache", f"{found.kv_bytes_per_token:,} bytes per token"),
+    ]
+    width = max(len(name) for name, _ in facts)
+    lines = [found.model, *(f"  {name:<{width}}  {value}" for name, value in facts), ""]
+    sizes = [
+        [
+            f"{size.percent:g}%",
+            "-" if size.bytes_per_token is None else f"{size.bytes_per_token:,}",
+            f"{size.heads_per_layer:g}",
+            "-" if size.gqa_heads is None else str(size.gqa_heads),
+        ]
+        for size in found.cache
+    ]
+    lines += [table(["cache left", "bytes/token", "K+V heads/layer", "gqa heads"], sizes), ""]
+    methods = [[m.method, m.target, "yes" if m.applies else "no", m.note or ""] for m in found.methods]
+    return "\n".join([*lines, table(["method", "target", "applies", "note"], methods)])
+
+
+def conversion_table(done: "Conversion") -> str:
+    """What `convert` prints."""
+    keys = [layer.num_key_heads for layer in done.plan.layers]
+    values = [layer.num_value_heads for layer in done.plan.layers]
+    lines = [
+        f"KV cache     {done.kv_bytes_before:,} -> {done.kv_bytes_after:,} bytes per token "
+        f"({done.kv_bytes_after / done.kv_bytes_before:.1%})",
+        f"key heads    {_counts(keys)}",
+        f"value heads  {_counts(values)}",
+    ]
+    if done.refit_error is not None:
+        before, after = done.refit_error
+        lines.append(f"layer error  {before:.3f} -> {after:.3f} by the refit (text kept out of it)")
+    lines.append(f"exactness    {done.parity['split']:.1e} as read, {done.parity['written']:.1e} as written (logits)")
+    spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in done.seconds.items() if name != "total")
+    lines.append(f"time         {done.seconds['total']:.1f} s ({spent})")
+    peak = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in done.peak_memory_bytes.items())
+    lines.append(f"peak memory  {peak}")
+    return "\n".join([*lines, f"written to   {done.out}"])
+
+
+def evaluation_table(found: "EvaluationReport") -> str:
+    """What `eval` prints."""
+    text, cache = found.text or {}, found.cache or {}
+    facts: list[tuple[str, str]] = []
+    names = {
+        "cross_entropy": ("cross-entropy", "{:.4f} nats/token"),
+        "perplexity": ("perplexity", "{:.3f}"),
+        "bits_per_byte": ("bits per byte", "{:.4f}"),
+        "reference_cross_entropy": ("original", "{:.4f} nats/token"),
+        "kl": ("KL to original", "{:.4f} nats/token"),
+        "top1_agreement": ("same first choice", "{:.1%}"),
+    }
+    for key, (name, form) in names.items():
+        if key in text:
+            facts.append((name, form.format(text[key])))
+    if "reference_cross_entropy" in text:
+        facts.append(("delta", f"{text['cross_entropy'] - text['reference_cross_entropy']:+.4f} nats/token"))
+    if cache:
+        facts.append(
+            (
+                "KV cache",
+                f"{cache['measured_bytes_per_token']:,} bytes per token measured, "
+                f"{cache['computed_bytes_per_token']:,} computed ({cache['dtype']})",
+            )
+        )
+    for task, values in found.tasks.items():
+        accuracy = next((values[key] for key in ("accuracy", "acc,none") if key in values), None)
+        facts.append((task, "-" if accuracy is None else f"accuracy {accuracy:.4f}"))
+    width = max(len(name) for name, _ in facts)
+    return "\n".join([found.model, *(f"  {name:<{width}}  {value}" for name, value in facts)])
+
+
+def demonstration_table(found: "Demonstration") -> str:
+    """What `demo` prints."""
+    rows = [
+        [
+            row.method + (" + refit" if row.refit else ""),
+            row.target,
+            f"{row.kv_bytes_per_token:,}",
+            f"{row.delta_ce:+.3f}",
+            f"{row.kl:.3f}",
+            f"{row.seconds:.1f}",
+        ]
+        for row in found.rows
+    ]
+    original = ["(original)", "", f"{found.kv_bytes_before:,}", "+0.000", "0.000", "0.0"]
+    shown = table(["method", "target", "KV bytes/token", "delta CE", "KL", "seconds"], [original, *rows])
+    return f"{shown}\n\nbefore: {found.prompt}{_flat(found.before)}\nafter:  {found.prompt}{_flat(found.after)}"
+
+
+def training_free_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The README's table of one model: delta CE in nats for each way of converting, by budget."""
+    budgets = list(dict.fromkeys(row["kv"] for row in rows))
+    ways: dict[str, dict[str, str]] = {}
+    for row in rows:
+        way = f"{row['method']} -> {row['target']}"
+        way += ", adaptive" if row["budget"] == "adaptive" else ""
+        way += " + refit" if row["refit"] else ""
+        ways.setdefault(way, {})[row["kv"]] = f"{row['delta_ce']:+.3f}"
+    return markdown(["", *budgets], [[way, *(cells.get(kv, "") for kv in budgets)] for way, cells in ways.items()])
+
+
+def _counts(counts: Sequence[int]) -> str:
+    return str(counts[0]) if len(set(counts)) == 1 else " ".join(map(str, counts))
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split()) if "\n" in text else text
+
+
+def _is_number(text: str) -> bool:
+    return text.strip("+-%x").replace(",", "").replace(".", "", 1).isdigit()
