@@ -13,7 +13,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install -c constraints.txt torch==2.13.0 && $(BIN)/pip install -c constraints.txt -e ".[dev]"
 	touch $@
 
-demo: setup  ## convert, heal and measure the embedded model
+demo: setup  ## convert the embedded model by every method and compare
 	$(BIN)/headfuse demo
 
 test: setup  ## everything that runs in minutes on a CPU

@@ -1,1 +1,96 @@
-"""headfuse."""
+"""Turn a transformer checkpoint with many key/value heads into one with few.
+
+The public API, imported on first use: `import headfuse` loads neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headfuse.checkpoints.describe import Description
+    from headfuse.checkpoints.registry import adapter_for
+    from headfuse.checkpoints.source import locate
+    from headfuse.conversion import Settings
+    from headfuse.errors import (
+        CheckpointError,
+        ConfigError,
+        HeadfuseError,
+        PlanError,
+        TextError,
+        UnsupportedArchitectureError,
+    )
+    from headfuse.evaluation.report import EvaluationReport
+    from headfuse.pipeline import Calibration, Conversion, Placement, convert, evaluate
+    from headfuse.planning.budget import parse_budget
+    from headfuse.planning.plan import HeadPlan, LayerPlan
+    from headfuse.sharing.methods import SharingOptions
+    from headfuse.sharing.refit import RefitOptions
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "checkpoints.describe": ("Description",),
+    "checkpoints.registry": ("adapter_for",),
+    "checkpoints.source": ("locate",),
+    "conversion": ("Settings",),
+    "errors": (
+        "CheckpointError",
+        "ConfigError",
+        "HeadfuseError",
+        "PlanError",
+        "TextError",
+        "UnsupportedArchitectureError",
+    ),
+    "evaluation.report": ("EvaluationReport",),
+    "pipeline": ("Calibration", "Conversion", "Placement", "convert", "evaluate"),
+    "planning.budget": ("parse_budget",),
+    "planning.plan": ("HeadPlan", "LayerPlan"),
+    "sharing.methods": ("SharingOptions",),
+    "sharing.refit": ("RefitOptions",),
+}
+_HOMES = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "Calibration",
+    "CheckpointError",
+    "ConfigError",
+    "Conversion",
+    "Description",
+    "EvaluationReport",
+    "HeadPlan",
+    "HeadfuseError",
+    "LayerPlan",
+    "Placement",
+    "PlanError",
+    "RefitOptions",
+    "Settings",
+    "SharingOptions",
+    "TextError",
+    "UnsupportedArchitectureError",
+    "__version__",
+    "adapter_for",
+    "convert",
+    "evaluate",
+    "inspect",
+    "locate",
+    "parse_budget",
+]
+
+
+def inspect(model: str, *, allow_pickle: bool = False) -> "Description":
+    """Describe a model (a folder, a Hub id, `demo` or `smollm2`) without loading a weight."""
+    from headfuse.checkpoints.describe import describe
+    from headfuse.checkpoints.source import locate
+
+    return describe(locate(model, allow_pickle=allow_pickle))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -18,6 +18,8 @@ app = typer.Typer(
     add_completion=True,
 )
 
+INTERRUPTED = 130  # exit status of a command that Ctrl-C ended
+
 Model = Annotated[str, typer.Argument(help="A model folder, a Hugging Face id, `demo` or `smollm2`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
@@ -71,9 +73,10 @@ def main() -> None:
     except HeadfuseError as error:
         sys.stderr.write(f"headfuse: {' '.join(str(error).split())}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("headfuse: interrupted; nothing was left behind\n")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer turns Ctrl-C into it without a word
+            sys.stderr.write("headfuse: interrupted; nothing was left behind\n")
+        raise
 
 
 @app.command()

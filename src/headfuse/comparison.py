@@ -1,7 +1,7 @@
 """Several conversions of one model side by side: the table of `headfuse demo` and of the benchmarks."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ class Result:
 
     `delta_ce` and `kl` are nats per token, against the unconverted model on the same text; `seconds` count grouping,
     sharing and refit, not the statistics, which the rows of a model share. `refit_error` is the layers' mean relative
-    error after the refit.
+    error after the refit; `tasks` are what `judge` found.
     """
 
     model: str
@@ -50,10 +50,16 @@ class Result:
     kv_bytes_per_token: int
     refit_error: float | None
     seconds: float
+    tasks: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return asdict(self)
+
+
+def no_tasks(model: PreTrainedModel) -> dict[str, Any]:  # noqa: ARG001  the signature of a judge
+    """Judge nothing but the loss."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Comparison:
     reference: PreTrainedModel
     calibration: Int64[Tensor, "N T"]
     evaluation: TokenRows
+    judge: Callable[[PreTrainedModel], dict[str, Any]] = no_tasks
 
     def run(self, cases: Sequence[Case], *, stages: Stages = silent) -> Iterator[Result]:
         """Fill the rows one by one; the statistics are gathered once for all."""
@@ -87,6 +94,7 @@ class Comparison:
                 precision="bf16" if settings.precision == "bf16" else "fp32",
                 progress=stages,
             ).overall
+            tasks = self.judge(model)
         assert loss.reference_cross_entropy is not None
         assert loss.kl is not None
         assert loss.top1_agreement is not None
@@ -109,4 +117,5 @@ class Comparison:
             kv_bytes_per_token=converted.plan.kv_bytes_per_token(),
             refit_error=sum(errors) / len(errors) if errors else None,
             seconds=seconds,
+            tasks=tasks,
         )

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -98,11 +98,13 @@ def convert_heads(
 ) -> Converted:
     """Convert a model's heads; the model itself is left as it was.
 
-    `statistics` of the same rows and `plan` (which then decides the groups) are reused if given. Raises PlanError if
-    the budget cannot be met, ConfigError for an unknown method.
+    `statistics` of the same rows and `plan` are reused if given; the plan then decides target and groups, and the
+    budget is not looked at. Raises PlanError if the budget cannot be met, ConfigError for an unknown method.
     """
     method = method_named(settings.method)
-    check_reachable(loaded, settings)
+    if plan is not None:
+        settings = replace(settings, target=plan.target, budget="uniform")
+    check_reachable(loaded, settings, planned=plan is not None)
     seconds: dict[str, float] = {}
     started = time.monotonic()
     if statistics is None:
@@ -116,6 +118,8 @@ def convert_heads(
 
     started = time.monotonic()
     heads = [method.share(layer, chosen, settings.options) for layer, chosen in zip(layers, groups, strict=True)]
+    # Before the reordering: a plan speaks of the source's query heads, so that it can be used again.
+    layer_plans = tuple(LayerPlan(key_map=layer.key_map, value_map=layer.value_map) for layer in heads)
     if settings.target == "gqa":
         heads = [layer.reordered(sorted(range(len(layer.key_map)), key=layer.key_map.__getitem__)) for layer in heads]
     seconds["share"] = time.monotonic() - started
@@ -125,7 +129,6 @@ def convert_heads(
         started = time.monotonic()
         heads, reports = _refit(loaded, heads, rows, settings, settings.refit, stages)
         seconds["refit"] = time.monotonic() - started
-    layer_plans = tuple(LayerPlan(key_map=layer.key_map, value_map=layer.value_map) for layer in heads)
     made = HeadPlan(target=settings.target, head_dim=heads[0].head_dim, layers=layer_plans)
     return Converted(heads, made, reports, seconds)
 
@@ -153,8 +156,8 @@ def needs_unit_rows(loaded: LoadedModel, settings: Settings) -> bool:
     return normed or (settings.method == "procrustes" and settings.options.criterion == "cos")
 
 
-def check_reachable(loaded: LoadedModel, settings: Settings) -> None:
-    """Raise PlanError, before any work, if the budget cannot be met by this model and target."""
+def check_reachable(loaded: LoadedModel, settings: Settings, *, planned: bool = False) -> None:
+    """Raise PlanError, before any work, if this model cannot have the target or, unless `planned`, the budget."""
     sources = [(layer.num_key_heads, layer.num_value_heads) for layer in loaded.heads]
     if settings.target == "gqa" and not loaded.adapter.stock_gqa:
         raise PlanError(
@@ -163,7 +166,8 @@ def check_reachable(loaded: LoadedModel, settings: Settings) -> None:
         )
     if settings.target == "gqa" and settings.budget == "adaptive":
         raise PlanError("target gqa has one head count in all layers, so its budget is uniform; use --target dha")
-    _uniform(sources, loaded.heads[0].num_query_heads, settings)
+    if not planned:
+        _uniform(sources, loaded.heads[0].num_query_heads, settings)
 
 
 def _uniform(sources: Counts, query_heads: int, settings: Settings) -> Counts:
@@ -173,7 +177,7 @@ def _uniform(sources: Counts, query_heads: int, settings: Settings) -> Counts:
             return [(count, count)] * len(sources)
         return uniform_counts(sources, settings.share)
     keys, values = settings.key_heads, settings.value_heads
-    counts = [(keys or source[0], values or source[1]) for source in sources]
+    counts = [(source[0] if keys is None else keys, source[1] if values is None else values) for source in sources]
     for wanted, source in zip(counts, sources, strict=True):
         if not all(1 <= n <= most for n, most in zip(wanted, source, strict=True)):
             raise PlanError(

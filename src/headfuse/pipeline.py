@@ -1,5 +1,6 @@
 """The whole story on one page: a checkpoint in, a smaller-cache checkpoint out."""
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from headfuse.conversion import (
     gather_statistics,
     needs_unit_rows,
 )
-from headfuse.errors import CheckpointError
+from headfuse.errors import CheckpointError, ConfigError
 from headfuse.evaluation.cache_bytes import cache_report
 from headfuse.evaluation.report import EvaluationReport
 from headfuse.evaluation.tasks import evaluate_tasks
@@ -97,7 +98,14 @@ class Placement:
 
     def resolve(self) -> tuple[torch.device, str]:
         """The device and the precision to use."""
-        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        wanted = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(wanted)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown name, or no such hardware
+            raise ConfigError(
+                f"wanted a device of this machine, got {wanted!r}; use cpu, or cuda with a GPU"
+            ) from error
         return device, self.precision or best_precision(device)
 
 
@@ -132,7 +140,7 @@ def convert(
     with writing(Path(out), overwrite=overwrite, needed_bytes=estimate, source=source.folder) as folder:
         stock = load_model(source, dtype=torch.float32, device=device)
         loaded = LoadedModel.of(stock, adapter_for(stock.config))
-        check_reachable(loaded, settings)
+        check_reachable(loaded, settings, planned=wanted_plan is not None)
         rows = _rows(source, calibration, settings.seed, stock.config.vocab_size)
         parity = {"split": _parity(stock, loaded, loaded.heads, rows.tokens)}
         statistics = _statistics(loaded, rows, settings, source, statistics_folder, stages)
@@ -225,7 +233,7 @@ def _statistics(
     """The statistics of these rows: read from `folder` if it holds them, else gathered and saved there."""
     unit_rows = needs_unit_rows(loaded, settings)
     identity = {
-        "model": identify(source.folder, name=source.public_name).model_dump(),
+        "model": identify(source.folder, name=source.public_name).model_dump() | {"sample": _sample_hash(loaded.model)},
         "text": rows.digest(),
         "unit_rows": unit_rows,
         "precision": settings.precision,
@@ -239,6 +247,15 @@ def _statistics(
     if folder is not None:
         save_statistics(folder, statistics, identity)
     return statistics
+
+
+def _sample_hash(model: PreTrainedModel) -> str:
+    """SHA-256 of a few numbers of every weight: tells checkpoints of one shape apart, as headers and names cannot."""
+    content = hashlib.sha256()
+    for parameter in model.parameters():
+        flat = parameter.detach().flatten()
+        content.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
+    return content.hexdigest()
 
 
 @torch.no_grad()
@@ -265,9 +282,14 @@ def _written_parity(
     tokens: Int64[Tensor, "N T"],
     device: torch.device,
 ) -> float:
-    """The same between the converted heads, rounded as stored, and the folder as transformers loads it."""
+    """The same between the converted model, rounded as stored (`loaded` too), and the folder as transformers loads it.
+
+    Rounding changes nothing but the heads unless config.json names another dtype than the weights have.
+    """
     sample = tokens[:1, :PARITY_TOKENS].to(device)
     rounded = [heads.to(dtype).to(torch.float32) for heads in converted.heads]
+    for parameter in loaded.model.parameters():
+        parameter.copy_(parameter.to(dtype))
     with loaded.with_heads(rounded):
         wanted = loaded.model(sample, use_cache=False).logits
     found = load_model(folder.root, device=device)(sample, use_cache=False).logits

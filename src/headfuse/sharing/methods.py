@@ -83,7 +83,7 @@ class Procrustes:
         if options.group_on == "none":
             return None
         grams = head_grams(layer.moments, layer.statistics, options.criterion)
-        return procrustes_price(grams, "key"), procrustes_price(grams, "value")
+        return _per_member(procrustes_price(grams, "key")), _per_member(procrustes_price(grams, "value"))
 
     def joint_price(self, layer: SourceLayer, options: SharingOptions) -> Price | None:  # noqa: D102
         if options.group_on == "none":
@@ -93,6 +93,11 @@ class Procrustes:
     def share(self, layer: SourceLayer, groups: HeadGroups, options: SharingOptions) -> AttentionHeads:  # noqa: D102
         grams = head_grams(layer.moments, layer.statistics, options.criterion)
         return procrustes(layer.heads, layer.moments, grams, groups, restore_norm=options.restore_norm)
+
+
+def _per_member(price: Price) -> Price:
+    """A sum over pairs divided by the group's size: under "dist" the scatter about the mean, fair to unequal groups."""
+    return lambda group: price(group) / len(group)
 
 
 class ClosedForm:

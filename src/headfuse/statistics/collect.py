@@ -83,8 +83,7 @@ def memory_needed(heads: AttentionHeads, num_layers: int, *, unit_rows: bool = F
 
 
 def save_statistics(folder: Path, statistics: Sequence[LayerStatistics], identity: dict) -> None:
-    """Write statistics with the identity (model, text, seed) that they belong to."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write statistics with the identity (model, text, precision) that they belong to; ConfigError if it cannot."""
     tensors = {}
     for layer, entry in enumerate(statistics):
         for name, gram in vars(entry).items():
@@ -92,8 +91,14 @@ def save_statistics(folder: Path, statistics: Sequence[LayerStatistics], identit
                 continue
             stored = torch.view_as_real(gram) if gram.is_complex() else gram
             tensors[f"{layer}.{name}"] = stored.contiguous()
-    save_file(tensors, folder / "statistics.safetensors")
-    (folder / "statistics.json").write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / "statistics.safetensors")
+        (folder / "statistics.json").write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{folder}: statistics cannot be written ({error}); give another --statistics folder") from (
+            error
+        )
 
 
 def load_statistics(folder: Path, identity: dict) -> list[LayerStatistics] | None:
@@ -106,6 +111,8 @@ def load_statistics(folder: Path, identity: dict) -> list[LayerStatistics] | Non
     try:
         found = json.loads((folder / "statistics.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "statistics.safetensors")
+        if not isinstance(found, dict):
+            raise ValueError("wanted an object")
     except (ValueError, OSError, SafetensorError) as error:
         raise ConfigError(f"{folder}: wanted saved statistics, got unreadable files; delete the folder") from error
     differing = sorted(key for key in identity | found if identity.get(key) != found.get(key))

@@ -1,0 +1,112 @@
+"""The methods by name: what each groups on, and that nothing happens where nothing is shared."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headfuse.errors import ConfigError, PlanError
+from headfuse.planning.grouping import HeadGroups, contiguous_groups
+from headfuse.sharing.methods import METHODS, SharingOptions, SourceLayer, group_layer, method_named
+from strategies import HeadCase, head_cases, random_heads, random_input, seeded, statistics_of, with_copies
+
+every_method = pytest.mark.parametrize("name", METHODS)
+OPTIONS = [
+    SharingOptions(),
+    SharingOptions(restore_norm=True),
+    SharingOptions(criterion="cos"),
+    SharingOptions(group_on="key"),
+    SharingOptions(group_on="none"),
+]
+
+
+def layer_of(**options) -> SourceLayer:
+    heads = random_heads(seeded(3), num_query_heads=6, **options)
+    return SourceLayer.of(heads, statistics_of(heads, random_input(seeded(4), heads.hidden_size)))
+
+
+def grouped(layer, counts, name, options=None, target="dha", seed=0):
+    return group_layer(
+        layer, counts, METHODS[name], options or SharingOptions(), target=target, generator=seeded(seed)
+    )
+
+
+def test_an_unknown_method_lists_the_known_ones():
+    with pytest.raises(ConfigError, match="'svd'.*closed-form"):
+        method_named("svd")
+
+
+@every_method
+def test_a_known_method_is_found(name):
+    assert method_named(name) is METHODS[name]
+
+
+@every_method
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_gqa_groups_keys_and_values_alike_in_equal_sizes(name, options, count):
+    groups = grouped(layer_of(), (count, count), name, options, "gqa")
+    assert groups.keys == groups.values
+    assert {len(group) for group in groups.keys} == {6 // count}
+
+
+@every_method
+def test_gqa_refuses_groups_that_cannot_be_equal(name):
+    if name != "mean-pool":
+        with pytest.raises(PlanError, match="equal groups"):
+            grouped(layer_of(), (4, 4), name, target="gqa")
+
+
+@every_method
+@pytest.mark.parametrize("options", OPTIONS)
+def test_dha_leaves_the_counts_that_were_asked_for(name, options):
+    groups = grouped(layer_of(), (2, 5), name, options)
+    assert (len(groups.keys), len(groups.values)) == (2, 5)
+    for kind in (groups.keys, groups.values):
+        assert sorted(head for group in kind for head in group) == list(range(6))
+
+
+@every_method
+@pytest.mark.parametrize("target", ["gqa", "dha"])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("qk_norm", ["none", "head", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keeping_every_head_keeps_every_bit(name, target, options, qk_norm, dtype):
+    layer = layer_of(bias=True, qk_norm=qk_norm, rotary_dim=4, dtype=dtype)
+    groups = grouped(layer, layer.counts, name, options, target)
+    assert groups == HeadGroups(*(contiguous_groups(6, 6),) * 2)
+    shared = METHODS[name].share(layer, groups, options)
+    for field, tensor in vars(layer.heads).items():
+        found = getattr(shared, field)
+        assert torch.equal(found, tensor) if isinstance(tensor, torch.Tensor) else found == tensor, field
+
+
+@pytest.mark.parametrize("name", ["procrustes", "closed-form"])
+@pytest.mark.parametrize("target", ["gqa", "dha"])
+def test_copies_are_found_and_grouped(name, target):
+    wanted = ((0, 4), (1, 3), (2, 5))
+    heads = with_copies(layer_of().heads, HeadGroups(wanted, wanted))
+    layer = SourceLayer.of(heads, statistics_of(heads, random_input(seeded(4), heads.hidden_size)))
+    assert grouped(layer, (3, 3), name, target=target) == HeadGroups(wanted, wanted)
+
+
+def test_mean_pool_groups_neighbours():
+    assert grouped(layer_of(), (2, 3), "mean-pool") == HeadGroups(contiguous_groups(6, 2), contiguous_groups(6, 3))
+
+
+@given(head_cases(), st.integers(0, 2**10))
+def test_groups_follow_the_seed(case: HeadCase, seed):
+    layer = SourceLayer.of(case.heads, case.statistics)
+    counts = (max(1, layer.counts[0] // 2), max(1, layer.counts[1] // 2))
+    assert grouped(layer, counts, "closed-form", seed=seed) == grouped(layer, counts, "closed-form", seed=seed)
+
+
+@pytest.mark.parametrize("name", ["procrustes", "closed-form"])
+def test_found_groups_cost_no_more_than_neighbours(name):
+    layer = layer_of()
+    prices = METHODS[name].prices(layer, SharingOptions())
+    assert prices is not None
+    groups = grouped(layer, (2, 3), name)
+    for price, found, count in zip(prices, (groups.keys, groups.values), (2, 3), strict=True):
+        neighbours = sum(price(group) for group in contiguous_groups(6, count) if len(group) > 1)
+        assert sum(price(group) for group in found if len(group) > 1) <= neighbours + 1e-9
