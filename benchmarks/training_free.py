@@ -32,6 +32,7 @@ from headfuse.manifest import git_commit, hardware, peak_memory, versions
 from headfuse.pipeline import Placement
 from headfuse.planning.budget import parse_budget
 from headfuse.progress import for_terminal
+from headfuse.sharing.methods import SharingOptions
 from headfuse.text.rows import TokenRows, load_tokens
 
 RESULTS = Path(__file__).parent / "results" / "training_free.json"
@@ -63,13 +64,21 @@ def main() -> None:
     comparison = Comparison(options.table, loaded, reference, texts[0].tokens, texts[1], judge)
     started = time.monotonic()
     rows: list[dict[str, Any]] = [original(options, comparison)] if options.original else []
-    cases = [case for case in TABLES[options.table]() if not options.kv or case.kv in options.kv.split(",")]
+    cases = [case for case in TABLES[options.table]() if wanted(case, options)]
     settings = {"seed": options.seed, "precision": options.precision}
     cases = [Case(case.kv, replace(case.settings, **settings)) for case in cases]
     for result in comparison.run(cases, stages=for_terminal()):
         rows.append(result.as_dict())
         show(result)
         save(options, rows, time.monotonic() - started)
+
+
+def wanted(case: Case, options: argparse.Namespace) -> bool:
+    """Whether the options leave this row in."""
+    settings = case.settings
+    way = f"{settings.method} {settings.target} {settings.budget}"
+    way += " restore-norm" * settings.options.restore_norm + " refit" * (settings.refit is not None)
+    return (not options.kv or case.kv in options.kv.split(",")) and (not options.way or way in options.way.split(","))
 
 
 def reference_cases() -> list[Case]:
@@ -81,6 +90,7 @@ def reference_cases() -> list[Case]:
         ways = [
             replace(bare, method="mean-pool", target="gqa"),
             replace(bare, method="procrustes", target="gqa"),
+            replace(bare, method="procrustes", target="gqa", options=SharingOptions(restore_norm=True)),
             replace(bare, target="gqa"),
             bare,
             replace(bare, budget="adaptive"),
@@ -184,6 +194,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--evaluation", help=".npz of token ids, one array a domain")
     parser.add_argument("--tasks", default="")
     parser.add_argument("--kv", default="", help="only these budgets, by commas")
+    parser.add_argument("--way", default="", help="only these ways, by commas: 'closed-form dha uniform refit'")
     parser.add_argument("--original", action="store_true", help="a row for the unconverted model too")
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--seed", type=int, default=0)

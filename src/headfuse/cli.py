@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from headfuse.errors import ConfigError, HeadfuseError
+from headfuse.precision import Precision
 
 app = typer.Typer(
     name="headfuse",
@@ -25,13 +26,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default the first GPU, else the CPU.")]
 Tokens = Annotated[str, typer.Option(help="Number of tokens: 65536, 64k, 1M.")]
-
-
-class Precision(StrEnum):
-    """How to compute; the default takes bf16 where the hardware multiplies it natively."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
 
 
 PrecisionOption = Annotated[Precision | None, typer.Option(help="By default bf16 where the hardware is fast at it.")]

@@ -39,6 +39,7 @@ class Result:
     target: str
     budget: str
     refit: bool
+    restore_norm: bool
     calibration_tokens: int
     seed: int
     key_heads: list[int]
@@ -106,6 +107,7 @@ class Comparison:
             target=settings.target,
             budget=settings.budget,
             refit=settings.refit is not None,
+            restore_norm=settings.options.restore_norm,
             calibration_tokens=self.calibration.numel(),
             seed=settings.seed,
             key_heads=[layer.num_key_heads for layer in converted.plan.layers],

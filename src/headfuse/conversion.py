@@ -21,13 +21,14 @@ from headfuse.errors import PlanError
 from headfuse.planning.budget import gqa_count, knapsack, uniform_counts
 from headfuse.planning.grouping import HeadGroups
 from headfuse.planning.plan import HeadPlan, LayerPlan, Target
+from headfuse.precision import Precision, precision_context
 from headfuse.progress import Stages, silent
 from headfuse.sharing.methods import SharingMethod, SharingOptions, SourceLayer, group_layer, method_named
 from headfuse.sharing.refit import RefitOptions, RefitReport, refit
 from headfuse.sharing.sensitivity import unit_costs
-from headfuse.statistics.collect import collect
+from headfuse.statistics.collect import collect, memory_needed
 from headfuse.statistics.moments import LayerStatistics
-from headfuse.statistics.stream import precision_context, stream_layers
+from headfuse.statistics.stream import stream_layers
 
 Counts = list[tuple[int, int]]
 # Rows of the calibration text on which an adaptive budget measures divergence.
@@ -50,7 +51,7 @@ class Settings:
     options: SharingOptions = field(default_factory=SharingOptions)
     refit: RefitOptions | None = field(default_factory=RefitOptions)
     seed: int = 0
-    precision: str = "fp32"
+    precision: Precision = "fp32"
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,10 @@ def convert_heads(
     seconds["plan"] = time.monotonic() - started
 
     started = time.monotonic()
-    heads = [method.share(layer, chosen, settings.options) for layer, chosen in zip(layers, groups, strict=True)]
+    device = loaded.heads[0].q.device
+    heads = [
+        method.share(layer, chosen, settings.options).on(device) for layer, chosen in zip(layers, groups, strict=True)
+    ]
     # Before the reordering: a plan speaks of the source's query heads, so that it can be used again.
     layer_plans = tuple(LayerPlan(key_map=layer.key_map, value_map=layer.value_map) for layer in heads)
     if settings.target == "gqa":
@@ -137,14 +141,15 @@ def gather_statistics(
     loaded: LoadedModel, rows: Int64[Tensor, "N T"], settings: Settings, stages: Stages = silent
 ) -> list[LayerStatistics]:
     """The one pass over the calibration text."""
-    total = rows.numel() * len(loaded.layers)
-    with stages("statistics", total, "layer-tokens") as advance:
+    total, unit_rows = rows.numel() * len(loaded.layers), needs_unit_rows(loaded, settings)
+    size = memory_needed(loaded.heads[0], len(loaded.layers), unit_rows=unit_rows)
+    with stages(f"statistics ({size / 1e6:,.0f} MB)", total, "layer-tokens") as advance:
         return collect(
             loaded.model,
             loaded.layers,
             loaded.heads,
             rows,
-            unit_rows=needs_unit_rows(loaded, settings),
+            unit_rows=unit_rows,
             precision=settings.precision,
             advance=advance,
         )
@@ -257,7 +262,7 @@ def _adaptive(
             reference = F.log_softmax(loaded.model(probes, use_cache=False).logits.float(), dim=-1)
 
         def divergence(index: int, heads: AttentionHeads) -> float:
-            replaced = {index: attention_of(heads.to(loaded.heads[0].q.dtype), index)}
+            replaced = {index: attention_of(heads.on(probes.device), index)}
             with attention_replaced(loaded.layers, replaced), precision_context(probes.device, settings.precision):
                 found = F.log_softmax(loaded.model(probes, use_cache=False).logits.float(), dim=-1)
             advance(1)

@@ -1,10 +1,10 @@
 """`headfuse demo`: the model that ships with the package, converted by every method, before and after side by side."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from headfuse.checkpoints.loading import load_model, load_tokenizer
 from headfuse.checkpoints.registry import adapter_for
@@ -13,13 +13,14 @@ from headfuse.comparison import Case, Comparison, Result
 from headfuse.conversion import LoadedModel, Settings
 from headfuse.errors import CheckpointError
 from headfuse.evaluation.generation import generate_text
-from headfuse.pipeline import Calibration, Placement, convert
+from headfuse.pipeline import Calibration, Placement
 from headfuse.progress import Stages, silent
 from headfuse.text.builtin import Part
 from headfuse.text.rows import load_tokens
 
 MODEL, KV = "demo", "25%"
-PROMPT = "This function returns"
+PROMPT = "The function returns a new"
+SAMPLE_TOKENS = 30
 EVALUATION_TOKENS = 32768
 CASES: Sequence[Settings] = (
     Settings("mean-pool", "gqa", refit=None),
@@ -32,7 +33,7 @@ CASES: Sequence[Settings] = (
 
 @dataclass(frozen=True)
 class Demonstration:
-    """The table, and what the model writes before and after the last conversion, loaded from its folder."""
+    """The table, and what the model writes before and after the last conversion of it."""
 
     kv_bytes_before: int
     rows: list[Result]
@@ -53,13 +54,17 @@ class Demonstration:
 
 
 def demonstrate(*, seed: int = 0, placement: Placement | None = None, stages: Stages = silent) -> Demonstration:
-    """Run the demo: every method in memory, then the best one to a folder and back."""
+    """Convert the demo model by every method, in memory, and let the last result write a sentence."""
     device, precision = (placement or Placement()).resolve()
     source = locate(MODEL)
     model, reference = (load_model(source, device=device) for _ in range(2))
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise CheckpointError(f"{source.folder}: wanted the demo's tokenizer, it is gone; reinstall headfuse")
+
+    def write(judged: PreTrainedModel) -> dict[str, Any]:
+        return {"sample": generate_text(judged, tokenizer, PROMPT, max_new_tokens=SAMPLE_TOKENS)}
+
     loaded = LoadedModel.of(model, adapter_for(model.config))
     calibration = Calibration()
     parts: tuple[tuple[int, Part], ...] = ((calibration.tokens, "calibration"), (EVALUATION_TOKENS, "evaluation"))
@@ -67,13 +72,9 @@ def demonstrate(*, seed: int = 0, placement: Placement | None = None, stages: St
         load_tokens(None, tokenizer, num_tokens=tokens, length=calibration.length, seed=seed, part=part)
         for tokens, part in parts
     ]
-    comparison = Comparison(MODEL, loaded, reference, texts[0].tokens, texts[1])
+    comparison = Comparison(MODEL, loaded, reference, texts[0].tokens, texts[1], write)
     cases = [Case(KV, replace(settings, seed=seed, precision=precision)) for settings in CASES]
     rows = list(comparison.run(cases, stages=stages))
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "demo-25"
-        convert(MODEL, out, cases[-1].settings, calibration, placement=placement, stages=stages)
-        after = generate_text(load_model(out, device=device), tokenizer, PROMPT, max_new_tokens=40)
-    before = generate_text(reference, tokenizer, PROMPT, max_new_tokens=40)
     heads = sum(layer.num_key_heads + layer.num_value_heads for layer in loaded.heads)
-    return Demonstration(heads * loaded.heads[0].head_dim * 2, rows, PROMPT, before, after)
+    kv_bytes = heads * loaded.heads[0].head_dim * 2
+    return Demonstration(kv_bytes, rows, PROMPT, write(reference)["sample"], rows[-1].tasks["sample"])

@@ -39,10 +39,10 @@ from headfuse.folder import OutputFolder, writing
 from headfuse.manifest import identify, manifest, peak_memory
 from headfuse.models.dha.export import export_code
 from headfuse.planning.plan import HeadPlan
+from headfuse.precision import Precision, best_precision
 from headfuse.progress import Stages, silent
-from headfuse.statistics.collect import load_statistics, memory_needed, save_statistics
+from headfuse.statistics.collect import load_statistics, save_statistics
 from headfuse.statistics.moments import LayerStatistics
-from headfuse.statistics.stream import best_precision
 from headfuse.text.rows import TokenRows, count_row_bytes, load_tokens
 
 # Logits of the split and of the written model may differ from their references by this, relative to the largest.
@@ -94,9 +94,9 @@ class Placement:
     """Where and how precisely to compute; None chooses by the hardware."""
 
     device: str | None = None
-    precision: str | None = None
+    precision: Precision | None = None
 
-    def resolve(self) -> tuple[torch.device, str]:
+    def resolve(self) -> tuple[torch.device, Precision]:
         """The device and the precision to use."""
         wanted = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -192,7 +192,7 @@ def evaluate(
     )
     row_bytes = None if tokenizer is None else count_row_bytes(rows.tokens, tokenizer)
     loss = measure_text_loss(
-        judged, rows, reference=reference, row_bytes=row_bytes, precision=_evaluation(precision), progress=stages
+        judged, rows, reference=reference, row_bytes=row_bytes, precision=precision, progress=stages
     )
     found: dict[str, dict[str, Any]] = {}
     if tasks:
@@ -200,13 +200,9 @@ def evaluate(
             raise CheckpointError(
                 f"{source.folder}: tasks want a tokenizer, the folder has none; copy it into the folder"
             )
-        found = evaluate_tasks(judged, tokenizer, tasks, precision=_evaluation(precision), limit=limit, progress=stages)
+        found = evaluate_tasks(judged, tokenizer, tasks, precision=precision, limit=limit, progress=stages)
     cache = cache_report(judged.to(_stored_dtype(source)))  # type: ignore[arg-type]
     return EvaluationReport(model=source.public_name, text=loss.as_dict(), cache=cache, tasks=found)
-
-
-def _evaluation(precision: str) -> Any:
-    return precision
 
 
 def _rows(source: Source, calibration: Calibration, seed: int, vocab_size: int) -> TokenRows:
@@ -240,9 +236,6 @@ def _statistics(
     }
     if folder is not None and (found := load_statistics(folder, identity)) is not None:
         return found
-    size = memory_needed(loaded.heads[0], len(loaded.layers), unit_rows=unit_rows)
-    with stages(f"statistics of {size / 1e6:,.0f} MB", 0, "MB"):
-        pass
     statistics = gather_statistics(loaded, rows.tokens, settings, stages)
     if folder is not None:
         save_statistics(folder, statistics, identity)

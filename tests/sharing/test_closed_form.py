@@ -31,7 +31,9 @@ SEEDS = st.integers(0, 2**16)
 
 
 def singles(heads: AttentionHeads) -> HeadGroups:
-    return HeadGroups(tuple((h,) for h in range(heads.num_key_heads)), tuple((h,) for h in range(heads.num_value_heads)))
+    return HeadGroups(
+        tuple((h,) for h in range(heads.num_key_heads)), tuple((h,) for h in range(heads.num_value_heads))
+    )
 
 
 def value_residual(old: AttentionHeads, new: AttentionHeads, x: torch.Tensor) -> float:
@@ -203,9 +205,7 @@ def test_gains_over_all_heads_go_with_the_chosen_key(drawn):
 @given(head_cases(qk_norm="head"))
 def test_the_price_behind_a_norm_is_that_of_the_best_stand_in(case):
     heads, group = case.heads, tuple(range(case.heads.num_key_heads))
-    costs = [
-        key_residual(heads, replace(heads, key_map=(member,) * heads.num_query_heads), case.x) for member in group
-    ]
+    costs = [key_residual(heads, replace(heads, key_map=(member,) * heads.num_query_heads), case.x) for member in group]
     price = key_price(case.moments, movable=False)
     assert price(group) == pytest.approx(min(costs), rel=1e-6, abs=1e-9 * scale(case))
 

@@ -26,13 +26,11 @@ def layer_of(**options) -> SourceLayer:
 
 
 def grouped(layer, counts, name, options=None, target="dha", seed=0):
-    return group_layer(
-        layer, counts, METHODS[name], options or SharingOptions(), target=target, generator=seeded(seed)
-    )
+    return group_layer(layer, counts, METHODS[name], options or SharingOptions(), target=target, generator=seeded(seed))
 
 
 def test_an_unknown_method_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="'svd'.*closed-form"):
+    with pytest.raises(ConfigError, match=r"'svd'.*closed-form"):
         method_named("svd")
 
 
@@ -110,3 +108,16 @@ def test_found_groups_cost_no_more_than_neighbours(name):
     for price, found, count in zip(prices, (groups.keys, groups.values), (2, 3), strict=True):
         neighbours = sum(price(group) for group in contiguous_groups(6, count) if len(group) > 1)
         assert sum(price(group) for group in found if len(group) > 1) <= neighbours + 1e-9
+
+
+@pytest.mark.parametrize("criterion", ["dist", "cos"])
+def test_alignment_prices_are_distances_that_groups_of_unequal_sizes_can_compare(criterion):
+    pairs = ((0, 3), (1, 4), (2, 5))
+    heads = with_copies(layer_of().heads, HeadGroups(pairs, pairs))
+    layer = SourceLayer.of(heads, statistics_of(heads, random_input(seeded(4), heads.hidden_size)))
+    options = SharingOptions(criterion=criterion)
+    for price in METHODS["procrustes"].prices(layer, options) or ():
+        assert price((2,)) == 0
+        assert price((0, 3)) == pytest.approx(0, abs=1e-9)
+        assert all(price(group) > 0 for group in ((0, 1), (0, 1, 2), (0, 1, 3), (0, 1, 2, 3, 4, 5)))
+    assert grouped(layer, (3, 3), "procrustes", options) == HeadGroups(pairs, pairs)

@@ -78,9 +78,7 @@ def test_units_that_share_for_nothing_give_their_heads_away():
 
 
 def test_a_measurement_of_zero_does_not_make_heads_free(layers):
-    costs = unit_costs(
-        layers, METHODS["closed-form"], SharingOptions(), share_left=0.5, divergence=lambda *_: -1e-12
-    )
+    costs = unit_costs(layers, METHODS["closed-form"], SharingOptions(), share_left=0.5, divergence=lambda *_: -1e-12)
     assert knapsack(costs, 18) == [6, 6, 3, 3]
 
 

@@ -72,6 +72,13 @@ def test_no_context_is_open_at_a_yield(precision):
         assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_inputs_carry_no_graph():
+    model = pico("gpt2").requires_grad_(True)
+    for inputs in stream_layers(model, opened(model), tokens(2, 8)):
+        assert not inputs.hidden.requires_grad
+        assert not inputs.stream_energy.requires_grad
+
+
 def test_an_abandoned_stream_leaves_the_model_as_it_was():
     model, rows = pico("gpt_neox"), tokens(2, 8)
     before = logits_of(model, rows)

@@ -82,6 +82,11 @@ class AttentionHeads:
         tensors = {n: t.to(dtype) for n, t in vars(self).items() if isinstance(t, Tensor)}
         return replace(self, **tensors)
 
+    def on(self, device: torch.device) -> "AttentionHeads":
+        """The same heads with every tensor on `device`."""
+        tensors = {n: t.to(device) for n, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **tensors)
+
     def reordered(self, order: list[int]) -> "AttentionHeads":
         """The same function with query heads permuted; q rows, o columns, biases and gains move together."""
         index = torch.tensor(order, device=self.q.device)

@@ -6,7 +6,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headfuse.errors import ConfigError
-from headfuse.evaluation.inference import Precision, measuring
+from headfuse.evaluation.inference import measuring
+from headfuse.precision import Precision
 
 BATCH_SIZE = 16
 

@@ -1,8 +1,8 @@
 """How every measurement runs a model: in evaluation mode, without gradients, at the asked precision."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Literal, get_args
+from contextlib import contextmanager
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int64
@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headfuse.errors import ConfigError
-
-Precision = Literal["fp32", "bf16"]
+from headfuse.precision import Precision, precision_context
 
 # The fp32 copy of the logits of one batch is kept below this.
 MAX_LOGIT_BYTES = 2**28
@@ -26,12 +25,10 @@ def measuring(*models: nn.Module, precision: Precision = "fp32") -> Iterator[Non
     if precision not in get_args(Precision):
         raise ConfigError(f"wanted a precision of {' or '.join(get_args(Precision))}, got {precision!r}; choose one")
     modes = [(module, module.training) for model in models for module in model.modules()]
-    device = device_of(models[0]).type
-    autocast = torch.autocast(device, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
     for model in models:
         model.eval()
     try:
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), precision_context(device_of(models[0]), precision):
             yield
     finally:
         for module, training in modes:

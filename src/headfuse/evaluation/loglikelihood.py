@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headfuse.errors import CheckpointError, TextError
-from headfuse.evaluation.inference import Precision, forward_logits, measuring, rows_per_batch
+from headfuse.evaluation.inference import forward_logits, measuring, rows_per_batch
 from headfuse.evaluation.task_files import Request
+from headfuse.precision import Precision
 from headfuse.progress import Stages, silent
 
 

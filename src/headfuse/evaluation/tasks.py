@@ -8,9 +8,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headfuse.evaluation.harness import run_harness
-from headfuse.evaluation.inference import Precision
 from headfuse.evaluation.loglikelihood import Score, score_requests
 from headfuse.evaluation.task_files import Question, Task, find_task_files, read_task
+from headfuse.precision import Precision
 from headfuse.progress import Stages, silent
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headfuse.errors import CheckpointError, ConfigError
-from headfuse.evaluation.inference import Precision, forward_logits, measuring, rows_per_batch
+from headfuse.evaluation.inference import forward_logits, measuring, rows_per_batch
+from headfuse.precision import Precision
 from headfuse.progress import Stages, silent
 from headfuse.text.rows import TokenRows
 

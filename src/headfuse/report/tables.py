@@ -1,7 +1,7 @@
 """Results as plain text tables for the terminal and as Markdown for the README."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from headfuse.checkpoints.describe import Description
@@ -129,18 +129,6 @@ def demonstration_table(found: "Demonstration") -> str:
     original = ["(original)", "", f"{found.kv_bytes_before:,}", "+0.000", "0.000", "0.0"]
     shown = table(["method", "target", "KV bytes/token", "delta CE", "KL", "seconds"], [original, *rows])
     return f"{shown}\n\nbefore: {found.prompt}{_flat(found.before)}\nafter:  {found.prompt}{_flat(found.after)}"
-
-
-def training_free_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The README's table of one model: delta CE in nats for each way of converting, by budget."""
-    budgets = list(dict.fromkeys(row["kv"] for row in rows))
-    ways: dict[str, dict[str, str]] = {}
-    for row in rows:
-        way = f"{row['method']} -> {row['target']}"
-        way += ", adaptive" if row["budget"] == "adaptive" else ""
-        way += " + refit" if row["refit"] else ""
-        ways.setdefault(way, {})[row["kv"]] = f"{row['delta_ce']:+.3f}"
-    return markdown(["", *budgets], [[way, *(cells.get(kv, "") for kv in budgets)] for way, cells in ways.items()])
 
 
 def _counts(counts: Sequence[int]) -> str:

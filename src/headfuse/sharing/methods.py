@@ -1,5 +1,6 @@
 """The sharing methods by name: how each prices a group of heads, and how it makes one head of it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -14,6 +15,9 @@ from headfuse.sharing.closed_form import closed_form, key_price, value_price
 from headfuse.sharing.mean_pool import mean_pool
 from headfuse.sharing.procrustes import head_grams, procrustes, procrustes_price
 from headfuse.statistics.moments import HeadMoments, LayerStatistics, head_moments
+
+# Rows of a value Gram up to which planning runs on the CPU.
+LARGEST_GRAM_ON_CPU = 1024
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,12 @@ class SourceLayer:
 
     @classmethod
     def of(cls, heads: AttentionHeads, statistics: LayerStatistics) -> "SourceLayer":
-        """The layer with its head moments worked out."""
+        """The layer with its head moments worked out, on the CPU unless its Grams are large.
+
+        The searches take thousands of small eigen-decompositions one by one, and a GPU is slower at each.
+        """
+        if heads.num_value_heads * heads.head_dim <= LARGEST_GRAM_ON_CPU:
+            heads = heads.on(torch.device("cpu"))
         return cls(heads, statistics, head_moments(heads, statistics))
 
     @property
@@ -83,7 +92,9 @@ class Procrustes:
         if options.group_on == "none":
             return None
         grams = head_grams(layer.moments, layer.statistics, options.criterion)
-        return _per_member(procrustes_price(grams, "key")), _per_member(procrustes_price(grams, "value"))
+        return _per_member(procrustes_price(grams, "key"), options), _per_member(
+            procrustes_price(grams, "value"), options
+        )
 
     def joint_price(self, layer: SourceLayer, options: SharingOptions) -> Price | None:  # noqa: D102
         if options.group_on == "none":
@@ -95,9 +106,14 @@ class Procrustes:
         return procrustes(layer.heads, layer.moments, grams, groups, restore_norm=options.restore_norm)
 
 
-def _per_member(price: Price) -> Price:
-    """A sum over pairs divided by the group's size: under "dist" the scatter about the mean, fair to unequal groups."""
-    return lambda group: price(group) / len(group)
+def _per_member(price: Price, options: SharingOptions) -> Price:
+    """A sum over pairs divided by the group's size: under "dist" the scatter about the mean, fair to unequal groups.
+
+    Under "cos" a pair costs `1 - cos` here, not `-cos`: otherwise every further pair would be a gain.
+    """
+    if options.criterion == "dist":
+        return lambda group: price(group) / len(group)
+    return lambda group: (price(group) + math.comb(len(group), 2)) / len(group)
 
 
 class ClosedForm:

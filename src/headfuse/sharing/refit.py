@@ -19,8 +19,9 @@ from torch import Tensor
 from headfuse.checkpoints.attention import attention_of, heads_of
 from headfuse.checkpoints.heads import AttentionHeads
 from headfuse.models.dha.decoupled_attention import DecoupledAttention
+from headfuse.precision import Precision, precision_context
 from headfuse.progress import Advance
-from headfuse.statistics.stream import LayerInputs, precision_context
+from headfuse.statistics.stream import LayerInputs
 
 # One row in sixteen is kept out of the fit, to measure it and to refuse it where it does harm.
 HELD_OUT_SHARE = 16
@@ -59,7 +60,7 @@ def refit(
     inputs: LayerInputs,
     options: RefitOptions,
     *,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     seed: int = 0,
     advance: Advance = lambda _: None,
 ) -> tuple[AttentionHeads, RefitReport]:
@@ -71,7 +72,10 @@ def refit(
     fit = _Fit(teacher, student, inputs, options, precision)
     with torch.no_grad():
         before = fit.error(fit.held_out)
+        output = student.o_proj.weight.clone()
         fit.solve_output()
+        if not fit.error(fit.held_out) < before:  # too little text for that many features
+            student.o_proj.weight.copy_(output)
     generator = torch.Generator().manual_seed(seed + inputs.layer)
     fit.descend(generator, advance)
     with torch.no_grad():
@@ -90,9 +94,10 @@ class _Fit:
         student: DecoupledAttention,
         inputs: LayerInputs,
         options: RefitOptions,
-        precision: str,
+        precision: Precision,
     ) -> None:
-        self.teacher, self.student, self.options, self.precision = teacher, student, options, precision
+        self.teacher, self.student, self.options = teacher, student, options
+        self.precision: Precision = precision
         self.hidden, self.positions = inputs.hidden, inputs.positions
         # The next norm divides by the stream's size, so an error counts relative to it.
         weight = inputs.stream_energy.clamp_min(1e-30).reciprocal()

@@ -38,7 +38,7 @@ def unit_costs(
         for kind, (heads, price) in enumerate(zip(layer.counts, prices, strict=True)):
             groupings = ladder(heads, price)
             curve = {count: sum(price(group) for group in groups) for count, groups in groupings.items()}
-            probed = max(1, min(round(share_left * heads), heads - 1))
+            probed = min(max(1, round(share_left * heads)), heads)
             while probed > 1 and curve[probed] <= NEGLIGIBLE * curve[1]:
                 probed -= 1
             untouched = [contiguous_groups(count, count) for count in layer.counts]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from headfuse.checkpoints.heads import AttentionHeads
 from headfuse.errors import ConfigError
+from headfuse.precision import Precision
 from headfuse.progress import Advance
 from headfuse.statistics.moments import LayerStatistics
 from headfuse.statistics.stream import LayerInputs, stream_layers
@@ -26,7 +27,7 @@ def collect(
     rows: Int[Tensor, "N T"],
     *,
     unit_rows: bool = False,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     advance: Advance = lambda _: None,
 ) -> list[LayerStatistics]:
     """Every layer's second moments over `rows`, fp64, on the CPU; `unit_rows` adds those of unit-length rows."""

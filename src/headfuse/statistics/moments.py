@@ -5,7 +5,7 @@ Gram that planning and sharing need: one matrix per layer in fp64, whatever the 
 value is ever stored. (closed_form.md streams the Grams themselves; this is the same, smaller and reusable.)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Complex, Float
@@ -60,7 +60,11 @@ def from_planes(complex_rows: Complex[Tensor, "n F D"], rest: Float[Tensor, "n r
 
 
 def head_moments(heads: AttentionHeads, statistics: LayerStatistics) -> HeadMoments:
-    """Every Gram of `heads` from the input moment; exact up to fp64 rounding."""
+    """Every Gram of `heads` from the input moment; exact up to fp64 rounding.
+
+    Behind a q/k norm, keys have unit mean square whatever the projection's scale: their Grams are then those of the
+    unit-length rows, if collected, and every reading query counts alike (the norm's gains are left out).
+    """
     moment, rotary_dim = statistics.moment, heads.traits.rotary_dim
     moment = moment.to(heads.q.device)
     query, key, value = (
@@ -78,11 +82,26 @@ def head_moments(heads: AttentionHeads, statistics: LayerStatistics) -> HeadMome
     output = heads.o.double()
     metric = torch.einsum("hDa,hDb->hab", output, output)
     value_map = torch.tensor(heads.value_map, device=heads.q.device)
-    return HeadMoments(
+    found = HeadMoments(
         values=torch.einsum("iaD,DE,jbE->iajb", value, moment, value),
         key_planes=torch.einsum("hfD,DE,gfE->fhg", key_c, complex_moment, key_c.conj()),
         key_rest=torch.einsum("iaD,DE,jbE->iajb", key_r, moment, key_r),
         query_planes=query_planes,
         query_rest=query_rest,
         output_metric=metric.new_zeros(heads.num_value_heads, *metric.shape[1:]).index_add_(0, value_map, metric),
+    )
+    return found if heads.traits.qk_norm == "none" else _behind_norm(heads, found, statistics)
+
+
+def _behind_norm(heads: AttentionHeads, moments: HeadMoments, statistics: LayerStatistics) -> HeadMoments:
+    """`moments` with the keys and queries as a norm over each head leaves them."""
+    if statistics.unit_key_planes is None or statistics.unit_key_rest is None:
+        return moments
+    readers = torch.tensor([heads.key_map.count(key) for key in range(heads.num_key_heads)]).to(moments.query_planes)
+    return replace(
+        moments,
+        key_planes=statistics.unit_key_planes.to(moments.key_planes) * heads.head_dim,
+        key_rest=statistics.unit_key_rest.to(moments.key_rest) * heads.head_dim,
+        query_planes=torch.ones_like(moments.query_planes) * readers,
+        query_rest=torch.eye(moments.query_rest.shape[-1]).to(moments.query_rest) * readers[:, None, None],
     )

@@ -8,12 +8,12 @@ rebuilt.
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from headfuse.precision import Precision, precision_context
 from headfuse.progress import Advance
 
 # Tokens that run through a layer at once: large enough to fill a GPU, small enough for attention's memory.
@@ -57,34 +57,12 @@ def _hidden(call: tuple[tuple, dict]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def precision_context(device: torch.device, precision: str) -> Any:
-    """Autocast to bf16, or nothing for fp32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-
-
-def best_precision(device: torch.device) -> str:
-    """Return "bf16" where the hardware multiplies it faster than fp32, else "fp32"."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    # oneDNN emulates bf16 without AVX512-BF16 or AMX, slower than fp32.
-    emulated = not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "fp32" if emulated or not _native_bf16() else "bf16"
-
-
-def _native_bf16() -> bool:
-    capability = getattr(torch.cpu, "get_capabilities", None)
-    if capability is not None:
-        flags = capability()
-        return bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16"))
-    return bool(torch.cpu._is_avx512_bf16_supported())
-
-
 def stream_layers(
     model: nn.Module,
     layers: list[tuple[nn.Module, nn.Module]],
     rows: Int[Tensor, "N T"],
     *,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     advance: Advance = lambda _: None,
 ) -> Iterator[LayerInputs]:
     """Yield every layer's attention inputs over `rows`, in order; `layers` pairs decoder layers with their attention.
@@ -108,7 +86,7 @@ def stream_layers(
 
 @torch.no_grad()
 def _first_layer_calls(
-    model: nn.Module, first: nn.Module, rows: Int[Tensor, "N T"], precision: str
+    model: nn.Module, first: nn.Module, rows: Int[Tensor, "N T"], precision: Precision
 ) -> list[tuple[tuple, dict]]:
     """The arguments with which the model calls its first decoder layer, one call per batch of rows."""
     device = next(model.parameters()).device
@@ -122,7 +100,7 @@ def _first_layer_calls(
 
 @torch.no_grad()
 def _run_layer(
-    layer: nn.Module, attention: nn.Module, args: tuple, kwargs: dict, precision: str
+    layer: nn.Module, attention: nn.Module, args: tuple, kwargs: dict, precision: Precision
 ) -> tuple[Tensor, tuple[tuple, dict]]:
     """The layer's output, and the arguments that reached its attention."""
     seen: list[tuple[tuple, dict]] = []
