@@ -30,5 +30,6 @@ check: setup  ## formatting, lint, types, import direction
 format: setup
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-bench: setup  ## the numbers under benchmarks/results
-	$(BIN)/python benchmarks/training_free.py
+bench: setup  ## MODEL= CALIBRATION= EVALUATION=: the 30M table under benchmarks/results, and the README from it
+	$(BIN)/python benchmarks/training_free.py reference --original --model $(MODEL) --calibration $(CALIBRATION) --evaluation $(EVALUATION)
+	$(BIN)/python benchmarks/tables.py
