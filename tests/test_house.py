@@ -4,6 +4,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,13 @@ def test_every_dependency_has_a_tested_version_within_its_range():
 
 def test_the_licence_is_there():
     assert "Version 2.0, January 2004" in (ROOT / PROJECT["project"]["license-files"][0]).read_text("utf-8")
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results():
+    specification = spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    assert specification is not None
+    assert specification.loader is not None
+    tables = module_from_spec(specification)
+    specification.loader.exec_module(tables)
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert tables.render(readme) == readme

@@ -59,7 +59,8 @@ class ModelCard:
             f"# {self.base_model.rpartition('/')[2]}, fewer KV heads\n\n"
             f"`{self.base_model}` converted by headfuse to read fewer key and "
             f"value heads: a smaller cache, the same query heads.\n\n| | |\n|---|---|\n{table}\n\n"
-            "`headfuse/plan.json` says which head each query head of the base model reads, `headfuse/manifest.json` how this was made.\n"
+            "`headfuse/plan.json` says which head each query head of the base model reads, `headfuse/manifest.json` "
+            "how this was made.\n"
         )
         if self.evaluation:
             metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in self.evaluation.items())

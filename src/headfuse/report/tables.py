@@ -136,7 +136,8 @@ def _counts(counts: Sequence[int]) -> str:
 
 
 def _flat(text: str) -> str:
-    return " ".join(text.split()) if "\n" in text else text
+    """One line, with the space kept that parts a continuation from its prompt."""
+    return " " * text[:1].isspace() + " ".join(text.split())
 
 
 def _is_number(text: str) -> bool:
