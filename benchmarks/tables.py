@@ -60,8 +60,20 @@ def smollm2(rows: Sequence[Row]) -> str:
     for row in sorted(chosen, key=lambda row: order[row["kv"]]):
         accuracies = [f"{row['tasks'][task]['accuracy']:.1%}" if task in row["tasks"] else "" for task in tasks]
         way = "original" if row["method"] == "original" else _way(row)
-        lines.append([row["kv"], way, f"{math.exp(row['ce']):.1f}", f"{row['delta_ce']:+.3f}", *accuracies])
-    return markdown(["cache left", "way", "perplexity", "delta CE", *(task.split("/")[0] for task in tasks)], lines)
+        lines.append(
+            [row["kv"], _heads(row), way, f"{math.exp(row['ce']):.1f}", f"{row['delta_ce']:+.3f}", *accuracies]
+        )
+    return markdown(
+        ["cache left", "K + V heads", "way", "perplexity", "delta CE", *(task.split("/")[0] for task in tasks)], lines
+    )
+
+
+def _heads(row: Row) -> str:
+    """Key and value heads of a layer, where all layers have the same."""
+    pairs = set(zip(row.get("key_heads", []), row.get("value_heads", []), strict=True))
+    if not pairs:
+        return "all"
+    return " + ".join(map(str, pairs.pop())) if len(pairs) == 1 else "by layer"
 
 
 def demo(_rows: Sequence[Row]) -> str:

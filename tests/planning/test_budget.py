@@ -64,9 +64,9 @@ def test_even_budget_gives_every_layer_the_same():
 
 def test_remainder_goes_to_one_kind_first_and_is_spaced_over_the_layers():
     source = [(3, 3)] * 4
-    assert uniform_counts(source, Fraction(14, 24)) == [(1, 2), (2, 2), (1, 2), (2, 2)]
-    assert uniform_counts(source, Fraction(10, 24)) == [(1, 1), (1, 2), (1, 1), (1, 2)]
-    assert uniform_counts(source, Fraction(10, 24), extra="keys") == [(1, 1), (2, 1), (1, 1), (2, 1)]
+    assert uniform_counts(source, Fraction(14, 24)) == [(2, 1), (2, 2), (2, 1), (2, 2)]
+    assert uniform_counts(source, Fraction(10, 24)) == [(1, 1), (2, 1), (1, 1), (2, 1)]
+    assert uniform_counts(source, Fraction(10, 24), extra="values") == [(1, 1), (1, 2), (1, 1), (1, 2)]
 
 
 @st.composite
