@@ -118,8 +118,6 @@ TABLES = {"reference": reference_cases, "smollm2": smollm2_cases}
 def original(options: argparse.Namespace, comparison: Comparison) -> dict[str, Any]:
     """The unconverted model's row: loss on the evaluation text, tasks, cache."""
     loss = measure_text_loss(comparison.reference, comparison.evaluation, precision=options.precision).overall
-    heads = comparison.loaded.heads
-    cached = sum(layer.num_key_heads + layer.num_value_heads for layer in heads)
     return {
         "model": options.table,
         "kv": "100%",
@@ -127,7 +125,7 @@ def original(options: argparse.Namespace, comparison: Comparison) -> dict[str, A
         "ce": loss.cross_entropy,
         "delta_ce": 0.0,
         "kl": 0.0,
-        "kv_bytes_per_token": cached * heads[0].head_dim * 2,
+        "kv_bytes_per_token": comparison.loaded.kv_bytes_per_token(),
         "tasks": comparison.judge(comparison.reference),
     }
 
@@ -145,7 +143,12 @@ def blocks(path: str) -> TokenRows:
 
 def save(options: argparse.Namespace, rows: Sequence[dict[str, Any]], seconds: float) -> None:
     """Write the rows so far, and how they came about."""
-    arguments = [options.table, *(["--kv", options.kv] if options.kv else []), *(["--original"] * options.original)]
+    named = (("--kv", options.kv), ("--way", options.way))
+    arguments = [
+        options.table,
+        *(part for pair in named if pair[1] for part in pair),
+        *["--original"] * options.original,
+    ]
     meta = {
         "command": " ".join(["python benchmarks/training_free.py", *arguments]),
         "seed": options.seed,

@@ -18,9 +18,9 @@ from headfuse.checkpoints.assembly import attention_module, decoder_layers, spli
 from headfuse.checkpoints.attention import attention_of, attention_replaced
 from headfuse.checkpoints.heads import AttentionHeads
 from headfuse.errors import PlanError
-from headfuse.planning.budget import gqa_count, knapsack, uniform_counts
+from headfuse.planning.budget import gqa_count, head_plan, knapsack, uniform_counts
 from headfuse.planning.grouping import HeadGroups
-from headfuse.planning.plan import HeadPlan, LayerPlan, Target
+from headfuse.planning.plan import HeadPlan, Target
 from headfuse.precision import Precision, precision_context
 from headfuse.progress import Stages, silent
 from headfuse.sharing.methods import SharingMethod, SharingOptions, SourceLayer, group_layer, method_named
@@ -80,6 +80,10 @@ class LoadedModel:
         layers = [(block, attention_module(model, adapter, index)) for index, block in enumerate(blocks)]
         return cls(model, adapter, layers, split_model(model, adapter))
 
+    def kv_bytes_per_token(self, bytes_per_element: int = 2) -> int:
+        """Bytes that the unconverted model's cache holds for one token."""
+        return sum(sum(layer.counts) for layer in self.heads) * self.heads[0].head_dim * bytes_per_element
+
     @contextmanager
     def with_heads(self, heads: Sequence[AttentionHeads]) -> Iterator[PreTrainedModel]:
         """Within the context, the model computes these heads."""
@@ -122,18 +126,20 @@ def convert_heads(
     heads = [
         method.share(layer, chosen, settings.options).on(device) for layer, chosen in zip(layers, groups, strict=True)
     ]
-    # Before the reordering: a plan speaks of the source's query heads, so that it can be used again.
-    layer_plans = tuple(LayerPlan(key_map=layer.key_map, value_map=layer.value_map) for layer in heads)
     if settings.target == "gqa":
         heads = [layer.reordered(sorted(range(len(layer.key_map)), key=layer.key_map.__getitem__)) for layer in heads]
     seconds["share"] = time.monotonic() - started
 
     reports: list[RefitReport] = []
-    if settings.refit is not None and any(_shared(layer, source) for layer, source in zip(heads, layers, strict=True)):
+    if settings.refit is not None and any(
+        layer.counts != source.counts for layer, source in zip(heads, layers, strict=True)
+    ):
         started = time.monotonic()
         heads, reports = _refit(loaded, heads, rows, settings, settings.refit, stages)
         seconds["refit"] = time.monotonic() - started
-    made = HeadPlan(target=settings.target, head_dim=heads[0].head_dim, layers=layer_plans)
+    # A plan speaks of the source's query heads, in their order, so that it can be used again.
+    maps = [(layer.key_map, layer.value_map) for layer in loaded.heads]
+    made = head_plan(settings.target, heads[0].head_dim, maps, groups)
     return Converted(heads, made, reports, seconds)
 
 
@@ -163,7 +169,7 @@ def needs_unit_rows(loaded: LoadedModel, settings: Settings) -> bool:
 
 def check_reachable(loaded: LoadedModel, settings: Settings, *, planned: bool = False) -> None:
     """Raise PlanError, before any work, if this model cannot have the target or, unless `planned`, the budget."""
-    sources = [(layer.num_key_heads, layer.num_value_heads) for layer in loaded.heads]
+    sources = [layer.counts for layer in loaded.heads]
     if settings.target == "gqa" and not loaded.adapter.stock_gqa:
         raise PlanError(
             f"{loaded.adapter.family}: its stock class has no grouped-query attention, so target gqa cannot be "
@@ -273,10 +279,6 @@ def _adaptive(
     return list(zip(chosen[::2], chosen[1::2], strict=True))
 
 
-def _shared(heads: AttentionHeads, source: SourceLayer) -> bool:
-    return (heads.num_key_heads, heads.num_value_heads) != source.counts
-
-
 def _refit(
     loaded: LoadedModel,
     heads: list[AttentionHeads],
@@ -291,7 +293,7 @@ def _refit(
         for inputs in stream_layers(loaded.model, loaded.layers, rows, precision=settings.precision):
             index = inputs.layer
             new, source = heads[index], loaded.heads[index]
-            if (new.num_key_heads, new.num_value_heads) == (source.num_key_heads, source.num_value_heads):
+            if new.counts == source.counts:
                 advance(options.steps)
                 continue
             fitted[index], report = refit(

@@ -75,6 +75,5 @@ def demonstrate(*, seed: int = 0, placement: Placement | None = None, stages: St
     comparison = Comparison(MODEL, loaded, reference, texts[0].tokens, texts[1], write)
     cases = [Case(KV, replace(settings, seed=seed, precision=precision)) for settings in CASES]
     rows = list(comparison.run(cases, stages=stages))
-    heads = sum(layer.num_key_heads + layer.num_value_heads for layer in loaded.heads)
-    kv_bytes = heads * loaded.heads[0].head_dim * 2
+    kv_bytes = loaded.kv_bytes_per_token()
     return Demonstration(kv_bytes, rows, PROMPT, write(reference)["sample"], rows[-1].tasks["sample"])

@@ -306,8 +306,7 @@ def _stored_dtype(source: Source) -> torch.dtype:
 
 
 def _kv_bytes(loaded: LoadedModel, converted: Converted, dtype: torch.dtype) -> tuple[int, int]:
-    before = sum(heads.num_key_heads + heads.num_value_heads for heads in loaded.heads)
-    return before * converted.plan.head_dim * dtype.itemsize, converted.plan.kv_bytes_per_token(dtype.itemsize)
+    return loaded.kv_bytes_per_token(dtype.itemsize), converted.plan.kv_bytes_per_token(dtype.itemsize)
 
 
 def _write(

@@ -56,7 +56,7 @@ def decoupled_model_state(
 
 def stock_config(config: PreTrainedConfig, adapter: Adapter, heads: Sequence[AttentionHeads]) -> PreTrainedConfig:
     """`config` with the number of key/value heads that `heads` have; PlanError if it differs by layer."""
-    counts = {n for layer in heads for n in (layer.num_key_heads, layer.num_value_heads)}
+    counts = {n for layer in heads for n in layer.counts}
     if len(counts) != 1:
         raise PlanError(
             f"{adapter.family}: wanted one number of key/value heads in all layers for a stock checkpoint, got "
@@ -80,7 +80,7 @@ def decoupled_config(config: PreTrainedConfig, adapter: Adapter, heads: Sequence
     fields["key_map"] = [list(layer.key_map) for layer in heads]
     fields["value_map"] = [list(layer.value_map) for layer in heads]
     if "num_key_value_heads" in fields:
-        fields["num_key_value_heads"] = max(max(layer.num_key_heads, layer.num_value_heads) for layer in heads)
+        fields["num_key_value_heads"] = max(max(layer.counts) for layer in heads)
     return adapter.decoupled_config_class(**fields)
 
 

@@ -68,6 +68,11 @@ class AttentionHeads:
         return self.v.shape[0]
 
     @property
+    def counts(self) -> tuple[int, int]:
+        """(K, V), the heads that a cache holds."""
+        return self.num_key_heads, self.num_value_heads
+
+    @property
     def head_dim(self) -> int:
         """Width of one head, d."""
         return self.q.shape[1]

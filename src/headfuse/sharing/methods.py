@@ -53,7 +53,7 @@ class SourceLayer:
     @property
     def counts(self) -> tuple[int, int]:
         """Key heads, value heads."""
-        return self.heads.num_key_heads, self.heads.num_value_heads
+        return self.heads.counts
 
 
 class SharingMethod(Protocol):
