@@ -12,7 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,15 @@ import torch
 from transformers import PreTrainedModel
 
 from headfuse.checkpoints.loading import load_model, load_tokenizer
+from headfuse.checkpoints.opened import LoadedModel
 from headfuse.checkpoints.registry import adapter_for
 from headfuse.checkpoints.source import locate
 from headfuse.comparison import Case, Comparison, Result
-from headfuse.conversion import LoadedModel, Settings
+from headfuse.conversion import Settings
 from headfuse.evaluation.tasks import evaluate_tasks
 from headfuse.evaluation.text_loss import measure_text_loss
 from headfuse.manifest import git_commit, hardware, peak_memory, versions
-from headfuse.pipeline import Placement
+from headfuse.placement import Placement
 from headfuse.planning.budget import parse_budget
 from headfuse.progress import for_terminal
 from headfuse.sharing.methods import SharingOptions
@@ -66,11 +67,21 @@ def main() -> None:
     rows: list[dict[str, Any]] = [original(options, comparison)] if options.original else []
     cases = [case for case in TABLES[options.table]() if wanted(case, options)]
     settings = {"seed": options.seed, "precision": options.precision}
-    cases = [Case(case.kv, replace(case.settings, **settings)) for case in cases]
-    for result in comparison.run(cases, stages=for_terminal()):
-        rows.append(result.as_dict())
+    cases = [Case(case.kv, replace(refitted(case.settings, options.refit), **settings)) for case in cases]
+    for case, result in zip(cases, comparison.run(cases, stages=for_terminal()), strict=True):
+        fit = case.settings.refit
+        rows.append(result.as_dict() | ({} if fit is None else {"refit_options": asdict(fit)}))
         show(result)
         save(options, rows, time.monotonic() - started)
+
+
+def refitted(settings: Settings, changes: str) -> Settings:
+    """Settings whose refit, if there is one, has other options: 'steps=480,rows=8'."""
+    if settings.refit is None or not changes:
+        return settings
+    pairs = dict(part.split("=") for part in changes.split(","))
+    values = {name: type(getattr(settings.refit, name))(value) for name, value in pairs.items()}
+    return replace(settings, refit=replace(settings.refit, **values))
 
 
 def wanted(case: Case, options: argparse.Namespace) -> bool:
@@ -143,7 +154,7 @@ def blocks(path: str) -> TokenRows:
 
 def save(options: argparse.Namespace, rows: Sequence[dict[str, Any]], seconds: float) -> None:
     """Write the rows so far, and how they came about."""
-    named = (("--kv", options.kv), ("--way", options.way))
+    named = (("--kv", options.kv), ("--way", options.way), ("--refit", options.refit))
     arguments = [
         options.table,
         *(part for pair in named if pair[1] for part in pair),
@@ -198,6 +209,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tasks", default="")
     parser.add_argument("--kv", default="", help="only these budgets, by commas")
     parser.add_argument("--way", default="", help="only these ways, by commas: 'closed-form dha uniform refit'")
+    parser.add_argument("--refit", default="", help="other options of the refit: 'steps=480,rows=8'")
     parser.add_argument("--original", action="store_true", help="a row for the unconverted model too")
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--seed", type=int, default=0)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from headfuse.checkpoints.assembly import decoupled_model_state, stock_config, stock_model_state
+from headfuse.checkpoints.opened import LoadedModel
 from headfuse.checkpoints.registry import adapter_for
-from headfuse.conversion import LoadedModel, Settings, check_reachable, convert_heads, gather_statistics
+from headfuse.conversion import Settings, check_reachable, convert_heads, gather_statistics
 from headfuse.errors import ConfigError, PlanError
 from headfuse.evaluation.cache_bytes import measured_cache_bytes
 from headfuse.planning.grouping import HeadGroups

@@ -7,9 +7,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from headfuse.checkpoints.loading import load_model, load_tokenizer
+from headfuse.checkpoints.opened import LoadedModel
 from headfuse.checkpoints.registry import adapter_for
 from headfuse.checkpoints.source import locate
-from headfuse.conversion import LoadedModel, Settings, convert_heads
+from headfuse.conversion import Settings, convert_heads
 from headfuse.text.rows import load_tokens
 
 try:

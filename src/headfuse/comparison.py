@@ -9,7 +9,8 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headfuse.conversion import LoadedModel, Settings, convert_heads, gather_statistics, needs_unit_rows
+from headfuse.checkpoints.opened import LoadedModel
+from headfuse.conversion import Settings, convert_heads, gather_statistics, needs_unit_rows
 from headfuse.evaluation.text_loss import measure_text_loss
 from headfuse.progress import Stages, silent
 from headfuse.statistics.moments import LayerStatistics

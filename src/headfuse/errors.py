@@ -8,7 +8,8 @@ it and exits with status 2. Anything else that escapes is a bug of ours and keep
       ├ UnsupportedArchitectureError    a model family or feature outside the adapters
       ├ CheckpointError                 a folder that is not a sound checkpoint
       ├ PlanError                       a budget or plan that the model's shape cannot meet
-      └ TextError                       calibration or evaluation text that cannot be used
+      ├ TextError                       calibration, training or evaluation text that cannot be used
+      └ TrainingError                   a run that cannot go on
 """
 
 
@@ -34,3 +35,7 @@ class PlanError(HeadfuseError):
 
 class TextError(HeadfuseError):
     """Text that cannot be read, or that is too short for what was asked."""
+
+
+class TrainingError(HeadfuseError):
+    """A training run that cannot go on: its loss is not finite."""

@@ -4,18 +4,30 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
-Advance = Callable[[int], None]
+
+class Advance(Protocol):
+    """Tells how much more is done, and in a few words how it goes."""
+
+    def __call__(self, amount: int, note: str = "", /) -> None:
+        """`amount` more is done."""
+
+
 # Opens a stage: name, total amount, unit of the amount ("tokens", "layers", ...).
 Stages = Callable[[str, int, str], AbstractContextManager[Advance]]
 
 HEARTBEAT_SECONDS = 10.0
 
 
+def ignore(amount: int, note: str = "", /) -> None:
+    """Tell nobody."""
+
+
 @contextmanager
 def silent(name: str, total: int, unit: str) -> Iterator[Advance]:  # noqa: ARG001  the signature of `Stages`
     """Report nothing: the default of the Python API."""
-    yield lambda _: None
+    yield ignore
 
 
 @contextmanager
@@ -24,14 +36,15 @@ def heartbeat(name: str, total: int, unit: str) -> Iterator[Advance]:
     started = last = time.monotonic()
     done = 0
 
-    def advance(amount: int) -> None:
+    def advance(amount: int, note: str = "", /) -> None:
         nonlocal done, last
         done += amount
         now = time.monotonic()
         if now - last >= HEARTBEAT_SECONDS and done:
             last, rate = now, done / (now - started)
             eta = max(total - done, 0) / rate
-            sys.stderr.write(f"{name}: {done:,}/{total:,} {unit}, {rate:,.0f} {unit}/s, {eta:.0f} s left\n")
+            line = f"{name}: {done:,}/{total:,} {unit}, {rate:,.0f} {unit}/s, {eta:.0f} s left"
+            sys.stderr.write(f"{line}, {note}\n" if note else f"{line}\n")
             sys.stderr.flush()
 
     yield advance
@@ -58,16 +71,17 @@ def bar(name: str, total: int, unit: str) -> Iterator[Advance]:
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(name, total=total, rate="")
+        task = progress.add_task(name, total=total, rate="", note="")
 
-        def advance(amount: int) -> None:
+        def advance(amount: int, note: str = "", /) -> None:
             progress.advance(task, amount)
             speed = progress.tasks[0].speed
-            progress.update(task, rate=f"{speed:,.0f} {unit}/s" if speed else "")
+            progress.update(task, rate=f"{speed:,.0f} {unit}/s" if speed else "", note=note)
 
         yield advance
 

@@ -124,6 +124,21 @@ def test_rows_that_segments_do_not_divide_are_cut():
     assert report.after < report.before
 
 
+def test_distances_beyond_the_short_rows_are_fitted_by_whole_steps():
+    original, converted, inputs = layer({"rows": 48, "length": 32})
+    short = replace(QUICK, steps=120, length=4, segment=4)
+    without, with_whole = (refit(original, converted, inputs, replace(short, whole=every))[1].after for every in (0, 4))
+    assert with_whole < 0.95 * without
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_whole_steps_take_no_more_tokens_than_others(rows):
+    original, converted, inputs = layer({"rows": 4, "length": 64})
+    fitted, report = refit(original, converted, inputs, replace(QUICK, rows=rows, length=8, whole=1))
+    assert report.after <= report.before
+    assert fitted.q.isfinite().all()
+
+
 def test_no_steps_leave_the_exact_solve_alone():
     original, converted, inputs = layer()
     fitted, report = refit(original, converted, inputs, replace(QUICK, steps=0))

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from torch.testing import assert_close
 
+from headfuse.checkpoints.opened import LoadedModel
 from headfuse.checkpoints.registry import adapter_for
-from headfuse.conversion import LoadedModel
 from headfuse.errors import ConfigError
 from headfuse.statistics import collect as module
 from headfuse.statistics.collect import collect, layer_statistics, load_statistics, memory_needed, save_statistics

@@ -30,6 +30,7 @@ def attention_of(heads: AttentionHeads, layer: int) -> DecoupledAttention:
     module = DecoupledAttention(SimpleNamespace(_attn_implementation="sdpa"), layer, shape)
     module = module.to(device=heads.q.device, dtype=heads.q.dtype)
     module.load_state_dict({name: tensor.contiguous() for name, tensor in decoupled_tensors(heads).items()})
+    module.place_maps()
     return module.eval().requires_grad_(False)
 
 

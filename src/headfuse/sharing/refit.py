@@ -6,6 +6,8 @@ seen. Three things make a few passes over 65k tokens enough (LOG.md has the meas
 is first solved exactly (it is linear least squares given the rest), the updates are orthogonalised (Muon), and
 the text is reshuffled in segments every pass. The last works because the original layer is at hand as a
 function: any sequence of token states has an exact target, so new contexts cost one forward pass of one layer.
+Most steps take short rows, which are cheap; without a long one now and then, attention over greater distances
+than theirs would drift while nothing measures it.
 """
 
 import math
@@ -20,7 +22,7 @@ from headfuse.checkpoints.attention import attention_of, heads_of
 from headfuse.checkpoints.heads import AttentionHeads
 from headfuse.models.dha.decoupled_attention import DecoupledAttention
 from headfuse.precision import Precision, precision_context
-from headfuse.progress import Advance
+from headfuse.progress import Advance, ignore
 from headfuse.statistics.stream import LayerInputs
 
 # One row in sixteen is kept out of the fit, to measure it and to refuse it where it does harm.
@@ -34,13 +36,15 @@ class RefitOptions:
     """Steps of `rows x length` tokens with a rate decaying linearly to 0.
 
     `rate` is the size of a step relative to the norm of the matrix it changes. `segment` tokens stay together when
-    the text is reshuffled.
+    the text is reshuffled. Every `whole`th step takes its tokens in rows as long as the text's own, so that
+    distances beyond `length` are fitted too; 0 never does.
     """
 
     steps: int = 240
     rows: int = 8
     length: int = 256
     segment: int = 64
+    whole: int = 4
     rate: float = 0.05
     ridge: float = 1e-3
 
@@ -62,7 +66,7 @@ def refit(
     *,
     precision: Precision = "fp32",
     seed: int = 0,
-    advance: Advance = lambda _: None,
+    advance: Advance = ignore,
 ) -> tuple[AttentionHeads, RefitReport]:
     """Fit `converted` to `original` on one layer's inputs; never worse than `converted` on the rows kept out.
 
@@ -150,9 +154,7 @@ class _Fit:
         """Orthogonalised descent over all matrices at once, on freshly shuffled segments."""
         options = self.options
         optimizers = _optimizers(self.student, options.rate)
-        batches = self._shuffled(generator)
-        for step in range(options.steps):
-            hidden, weight = next(batches)
+        for step, (hidden, weight) in enumerate(self._shuffled(generator)):
             with torch.no_grad():
                 target = self.run(self.teacher, hidden)
             loss = _energy(self.run(self.student, hidden) - target, weight) / _energy(target, weight)
@@ -171,18 +173,23 @@ class _Fit:
             yield self.hidden[chosen], self.weight[chosen]
 
     def _shuffled(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless batches `[rows, length, D]` of segments from anywhere in the text, each pass in a new order."""
-        options = self.options
-        segment = min(options.segment, self.hidden.shape[1])
-        per_row = max(1, min(options.length, self.hidden.shape[1]) // segment)
-        pieces = self.hidden.shape[1] // segment
-        hidden = self.hidden[: self.fitted.stop, : pieces * segment].unflatten(1, (pieces, segment)).flatten(0, 1)
-        weight = self.weight[: self.fitted.stop, : pieces * segment].unflatten(1, (pieces, segment)).flatten(0, 1)
-        rows = min(options.rows, len(hidden) // per_row)
-        while True:
-            order = torch.randperm(len(hidden), generator=generator).to(hidden.device)
-            for chosen in order[: len(order) // (rows * per_row) * rows * per_row].view(-1, rows, per_row):
-                yield hidden[chosen].flatten(1, 2), weight[chosen].flatten(1, 2)
+        """A batch `[rows, length, D]` for every step: segments from anywhere in the text, in a new order every pass."""
+        options, longest = self.options, self.hidden.shape[1]
+        length, segment = min(options.length, longest), min(options.segment, longest)
+        pieces, tokens = longest // segment, options.rows * length
+        hidden, weight = (
+            table[: self.fitted.stop, : pieces * segment].unflatten(1, (pieces, segment)).flatten(0, 1)
+            for table in (self.hidden, self.weight)
+        )
+        short, long = (max(1, n // segment) for n in (length, min(longest, tokens)))
+        left = torch.empty(0, dtype=torch.int64)
+        for step in range(1, options.steps + 1):
+            per_row = long if options.whole and step % options.whole == 0 else short
+            rows = min(max(1, tokens // (per_row * segment)), len(hidden) // per_row)
+            if len(left) < rows * per_row:
+                left = torch.randperm(len(hidden), generator=generator).to(hidden.device)
+            chosen, left = left[: rows * per_row].view(rows, per_row), left[rows * per_row :]
+            yield hidden[chosen].flatten(1, 2), weight[chosen].flatten(1, 2)
 
 
 def _energy(output: Float[Tensor, "n T D"], weight: Float[Tensor, "n T"]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from headfuse.checkpoints.heads import AttentionHeads
 from headfuse.errors import ConfigError
 from headfuse.precision import Precision
-from headfuse.progress import Advance
+from headfuse.progress import Advance, ignore
 from headfuse.statistics.moments import LayerStatistics
 from headfuse.statistics.stream import LayerInputs, stream_layers
 
@@ -28,7 +28,7 @@ def collect(
     *,
     unit_rows: bool = False,
     precision: Precision = "fp32",
-    advance: Advance = lambda _: None,
+    advance: Advance = ignore,
 ) -> list[LayerStatistics]:
     """Every layer's second moments over `rows`, fp64, on the CPU; `unit_rows` adds those of unit-length rows."""
     stream = stream_layers(model, layers, rows, precision=precision, advance=advance)

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headfuse.precision import Precision, precision_context
-from headfuse.progress import Advance
+from headfuse.progress import Advance, ignore
 
 # Tokens that run through a layer at once: large enough to fill a GPU, small enough for attention's memory.
 TOKENS_PER_BATCH = 8192
@@ -63,7 +63,7 @@ def stream_layers(
     rows: Int[Tensor, "N T"],
     *,
     precision: Precision = "fp32",
-    advance: Advance = lambda _: None,
+    advance: Advance = ignore,
 ) -> Iterator[LayerInputs]:
     """Yield every layer's attention inputs over `rows`, in order; `layers` pairs decoder layers with their attention.
 

@@ -103,6 +103,7 @@ class DecoupledAttention(nn.Module):
         super().__init__()
         self.config, self.layer_idx, self.shape = config, layer_idx, shape
         self.head_dim, self.scaling = shape.head_dim, shape.scaling
+        self.indices: dict[str, Tensor] = {}
         d, hidden = shape.head_dim, shape.hidden_size
         heads, keys, values = shape.num_query_heads, shape.num_key_heads, shape.num_value_heads
         self.q_proj = nn.Linear(hidden, heads * d, bias=shape.input_bias)
@@ -170,8 +171,34 @@ class DecoupledAttention(nn.Module):
         attention = eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         kwargs["dropout"] = self.shape.dropout if self.training else 0.0
         kwargs["scaling"] = self.scaling
-        key, value = gather(key, self.shape.key_map), gather(value, self.shape.value_map)
+        key, value = self.gather(key, "key_map"), self.gather(value, "value_map")
         return attention(self, query, key, value, attention_mask, **kwargs)
+
+    def gather(self, heads: Tensor, name: str) -> Tensor:
+        """Repeat `heads` `[B, n, S, d]` to the query heads that read them by the map of that name, `[B, H, S, d]`."""
+        index = self.index(name, heads.device)
+        return heads if index is None else heads[:, index]
+
+    def index(self, name: str, device: torch.device) -> Tensor | None:
+        """A map as a tensor, made once; None if every query head reads the head of its own number.
+
+        Code that is compiled afterwards takes it as an input, so that layers with other maps run the same code.
+        """
+        index = self.indices.get(name)
+        if index is None or index.device != device:
+            head_map = getattr(self.shape, name)
+            shared = head_map != tuple(range(len(head_map)))
+            if torch.compiler.is_compiling():
+                return torch.tensor(head_map, device=device) if shared else None
+            with torch.inference_mode(False):  # it may be used with gradients later
+                index = torch.tensor(head_map if shared else (), dtype=torch.int64, device=device)
+            self.indices[name] = index
+        return index if len(index) else None
+
+    def place_maps(self) -> None:
+        """Make both maps now, on the weights' device: what is compiled next need not hold them as constants."""
+        for name in ("key_map", "value_map"):
+            self.index(name, self.q_proj.weight.device)
 
     def unfold(self, folded: Tensor) -> Tensor:
         """`[B, 1, S, n*d]` back to `[B, n, S, d]`, without a copy."""
@@ -181,10 +208,3 @@ class DecoupledAttention(nn.Module):
 def fold(heads: Tensor) -> Tensor:
     """`[B, n, T, d]` as one wide head `[B, 1, T, n*d]`, the layout of the cache."""
     return heads.transpose(1, 2).flatten(2).unsqueeze(1)
-
-
-def gather(heads: Tensor, head_map: tuple[int, ...]) -> Tensor:
-    """Repeat `heads` `[B, n, S, d]` to the query heads that read them, `[B, H, S, d]`."""
-    if head_map == tuple(range(heads.shape[1])):
-        return heads
-    return heads[:, torch.tensor(head_map, device=heads.device)]
