@@ -20,7 +20,8 @@ if TYPE_CHECKING:
         UnsupportedArchitectureError,
     )
     from headfuse.evaluation.report import EvaluationReport
-    from headfuse.pipeline import Calibration, Conversion, Placement, convert, evaluate
+    from headfuse.pipeline import Calibration, Conversion, convert, evaluate
+    from headfuse.placement import Placement
     from headfuse.planning.budget import parse_budget
     from headfuse.planning.plan import HeadPlan, LayerPlan
     from headfuse.sharing.methods import SharingOptions
@@ -42,7 +43,8 @@ _MODULES = {
         "UnsupportedArchitectureError",
     ),
     "evaluation.report": ("EvaluationReport",),
-    "pipeline": ("Calibration", "Conversion", "Placement", "convert", "evaluate"),
+    "pipeline": ("Calibration", "Conversion", "convert", "evaluate"),
+    "placement": ("Placement",),
     "planning.budget": ("parse_budget",),
     "planning.plan": ("HeadPlan", "LayerPlan"),
     "sharing.methods": ("SharingOptions",),

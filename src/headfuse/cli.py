@@ -4,12 +4,15 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from headfuse.errors import ConfigError, HeadfuseError
 from headfuse.precision import Precision
+
+if TYPE_CHECKING:
+    from headfuse.training.options import TrainingOptions
 
 app = typer.Typer(
     name="headfuse",
@@ -52,12 +55,32 @@ class Criterion(StrEnum):
     cos = "cos"
 
 
+class Update(StrEnum):
+    """How the matrices of the blocks are moved."""
+
+    adamw = "adamw"
+    muon = "muon"
+
+
 class Item(StrEnum):
     """Which heads' similarity decides the groups."""
 
     values = "value"
     key = "key"
     none = "none"
+
+
+Data = Annotated[str | None, typer.Option(help="Training text, as --calibration; default: built-in text.")]
+TrainingTokens = Annotated[str, typer.Option(help="Training tokens, all stages together: 206k, 1M, 0.25B.")]
+Rows = Annotated[int | None, typer.Option(help="Rows of a training step; default: about 128 steps.", min=1)]
+RowLength = Annotated[int, typer.Option(help="Tokens in a training row.", min=2)]
+Rate = Annotated[float | None, typer.Option(help="Peak learning rate of the weights.")]
+MicroRows = Annotated[int | None, typer.Option(help="Rows in memory at once on each device.", min=1)]
+LmWeight = Annotated[float, typer.Option(help="Share of next-token loss; the rest distils from the original.")]
+Repeat = Annotated[bool, typer.Option(help="Go over the training text again if it is short.")]
+Compiled = Annotated[bool, typer.Option("--compile", help="Compile the blocks (torch.compile).")]
+Recompute = Annotated[bool, typer.Option(help="Recompute activations in the backward pass to save memory.")]
+SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)]
 
 
 def main() -> None:
@@ -89,7 +112,9 @@ def convert(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to create.")],
     *,
-    method: Annotated[str, typer.Option(help="closed-form, procrustes or mean-pool.")] = "closed-form",
+    method: Annotated[
+        str, typer.Option(help="closed-form, procrustes or mean-pool; dha: closed-form, then trained.")
+    ] = "closed-form",
     target: Annotated[Target, typer.Option(help="dha: decoupled heads; gqa: a stock checkpoint.")] = Target.dha,
     kv: Annotated[str, typer.Option(help="Cache to keep: 25%, 4x (four times less) or 0.25.")] = "25%",
     key_heads: Annotated[int | None, typer.Option(help="Key heads per layer, instead of --kv.")] = None,
@@ -105,6 +130,27 @@ def convert(
     criterion: Annotated[Criterion, typer.Option(help="procrustes: squared distance or cosine.")] = Criterion.dist,
     group_on: Annotated[Item, typer.Option(help="procrustes, target gqa: what decides the groups.")] = Item.values,
     restore_norm: Annotated[bool, typer.Option(help="Scale pooled heads to their members' energy.")] = False,
+    data: Data = None,
+    tokens: TrainingTokens = "1M",
+    init: Annotated[
+        str, typer.Option(help="dha: the sharing method to start from; delta: from the original, as the paper.")
+    ] = "closed-form",
+    search_share: Annotated[
+        float | None, typer.Option(help="dha: share of the tokens for the search; default 0.06 from the original.")
+    ] = None,
+    fusion_share: Annotated[
+        float | None, typer.Option(help="dha: share of the tokens for the fusion; default 0.19 from the original.")
+    ] = None,
+    lm_weight: LmWeight = 0.0,
+    rate: Rate = None,
+    update: Annotated[Update, typer.Option(help="dha: how matrices are moved.")] = Update.muon,
+    rows: Rows = None,
+    row_length: RowLength = 512,
+    micro_rows: MicroRows = None,
+    repeat: Repeat = False,
+    compiled: Compiled = False,
+    recompute: Recompute = False,
+    save_every: SaveEvery = 200,
     statistics: Annotated[
         Path | None, typer.Option(help="Folder to save the statistics in and reuse them from.")
     ] = None,
@@ -116,16 +162,37 @@ def convert(
     overwrite: Annotated[bool, typer.Option(help="Replace a model folder that stands at OUT.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Convert MODEL into OUT: statistics, plan, shared heads, refit, exactness checks."""
+    """Convert MODEL into OUT: statistics, plan, shared heads, refit, exactness checks; with --method dha, training."""
     from headfuse.conversion import Settings
-    from headfuse.pipeline import Calibration, Placement
+    from headfuse.pipeline import Calibration
     from headfuse.pipeline import convert as run
+    from headfuse.placement import Placement
     from headfuse.planning.budget import parse_budget
     from headfuse.progress import for_terminal
     from headfuse.report.tables import conversion_table
     from headfuse.sharing.methods import SharingOptions, method_named
     from headfuse.sharing.refit import RefitOptions
 
+    learning = None
+    if method == "dha":
+        from headfuse.learning import learning_for
+
+        training = _training(
+            _count(tokens),
+            rows,
+            row_length,
+            rate,
+            update,
+            micro_rows=micro_rows,
+            repeat=repeat,
+            compiled=compiled,
+            checkpoint_activations=recompute,
+            save_every=save_every,
+            seed=seed,
+        )
+        start = "original" if init == "delta" else "converted"
+        learning = learning_for(start, training, search_share, fusion_share, lm_weight)
+        method = "closed-form" if init == "delta" else init
     method_named(method)
     settings = Settings(
         method=method,
@@ -142,7 +209,9 @@ def convert(
         model,
         out,
         settings,
-        Calibration(calibration, _count(calibration_tokens), length),
+        Calibration(calibration or (data if learning else None), _count(calibration_tokens), length),
+        learning=learning,
+        data=data,
         statistics_folder=statistics,
         plan=plan,
         placement=Placement(device, precision),
@@ -152,6 +221,69 @@ def convert(
         stages=for_terminal(),
     )
     _print(done.as_dict(), conversion_table(done), as_json=as_json)
+
+
+@app.command()
+def heal(
+    converted: Annotated[str, typer.Argument(help="The folder of a conversion.")],
+    out: Annotated[Path, typer.Argument(help="The folder to create.")],
+    *,
+    teacher: Annotated[
+        str | None, typer.Option(help="The original model, to distil from; default: next-token loss alone.")
+    ] = None,
+    data: Data = None,
+    tokens: TrainingTokens = "1M",
+    lm_weight: LmWeight = 0.0,
+    rate: Rate = None,
+    update: Annotated[Update, typer.Option(help="How matrices are moved.")] = Update.muon,
+    rows: Rows = None,
+    row_length: RowLength = 512,
+    micro_rows: MicroRows = None,
+    repeat: Repeat = False,
+    compiled: Compiled = False,
+    recompute: Recompute = False,
+    save_every: SaveEvery = 200,
+    run: Annotated[Path | None, typer.Option(help="Folder of the run in progress; default: OUT.run.")] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    precision: PrecisionOption = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model folder that stands at OUT.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train CONVERTED against its original into OUT; killed, the same command resumes. Many GPUs: under torchrun."""
+    from headfuse.healing import heal as work
+    from headfuse.placement import Placement
+    from headfuse.progress import for_terminal
+    from headfuse.report.tables import healing_table
+
+    options = _training(
+        _count(tokens),
+        rows,
+        row_length,
+        rate,
+        update,
+        micro_rows=micro_rows,
+        repeat=repeat,
+        compiled=compiled,
+        checkpoint_activations=recompute,
+        save_every=save_every,
+        seed=seed,
+    )
+    done = work(
+        converted,
+        out,
+        teacher=teacher,
+        data=data,
+        options=options,
+        lm_weight=lm_weight,
+        run_folder=run,
+        placement=Placement(device, precision),
+        overwrite=overwrite,
+        command=["headfuse", *sys.argv[1:]],
+        stages=for_terminal(),
+    )
+    if done is not None:
+        _print(done.as_dict(), healing_table(done), as_json=as_json)
 
 
 @app.command("eval")
@@ -175,8 +307,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a model: cross-entropy, distance to the original, bytes of its real cache, tasks."""
-    from headfuse.pipeline import Placement
     from headfuse.pipeline import evaluate as run
+    from headfuse.placement import Placement
     from headfuse.progress import for_terminal
     from headfuse.report.tables import evaluation_table
 
@@ -220,7 +352,7 @@ def generate(
     from headfuse.checkpoints.source import locate
     from headfuse.errors import CheckpointError
     from headfuse.evaluation.generation import generate_text
-    from headfuse.pipeline import Placement
+    from headfuse.placement import Placement
 
     source = locate(model)
     tokenizer = load_tokenizer(source)
@@ -242,12 +374,28 @@ def generate(
 def demo(*, seed: Seed = 0, device: Device = None, as_json: Json = False) -> None:
     """Convert the model that ships with headfuse by every method and compare."""
     from headfuse.demo import demonstrate
-    from headfuse.pipeline import Placement
+    from headfuse.placement import Placement
     from headfuse.progress import for_terminal
     from headfuse.report.tables import demonstration_table
 
     found = demonstrate(seed=seed, placement=Placement(device), stages=for_terminal())
     _print(found.as_dict(), demonstration_table(found), as_json=as_json)
+
+
+def _training(
+    tokens: int, rows: int | None, length: int, rate: float | None, update: Update, **options: Any
+) -> "TrainingOptions":
+    """Training options with the defaults that depend on others."""
+    from headfuse.training.options import RATES, TrainingOptions, rows_for
+
+    return TrainingOptions(
+        tokens=tokens,
+        rows=rows or rows_for(tokens, length),
+        length=length,
+        rate=RATES[update.value] if rate is None else rate,
+        update=update.value,
+        **options,
+    )
 
 
 def _count(text: str) -> int:

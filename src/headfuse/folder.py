@@ -55,6 +55,10 @@ class OutputFolder:
         """The exactness checks and their outcome."""
         return self.records / "parity.json"
 
+    def metrics(self, stage: str) -> Path:
+        """The training curve of a stage, one JSON line a step."""
+        return self.records / f"{stage}.jsonl"
+
     @property
     def evaluation(self) -> Path:
         """The folder of evaluation results, one JSON each."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,33 +18,38 @@ from headfuse.checkpoints.assembly import decoupled_config, decoupled_model_stat
 from headfuse.checkpoints.card import ModelCard
 from headfuse.checkpoints.heads import AttentionHeads
 from headfuse.checkpoints.loading import load_config, load_model, load_tokenizer
+from headfuse.checkpoints.opened import LoadedModel
 from headfuse.checkpoints.registry import adapter_for
 from headfuse.checkpoints.source import Source, locate
 from headfuse.checkpoints.validation import check_checkpoint, check_weights
 from headfuse.checkpoints.write import write_checkpoint
 from headfuse.conversion import (
     Converted,
-    LoadedModel,
     Settings,
     check_reachable,
     convert_heads,
     gather_statistics,
     needs_unit_rows,
 )
-from headfuse.errors import CheckpointError, ConfigError
+from headfuse.errors import CheckpointError
 from headfuse.evaluation.cache_bytes import cache_report
 from headfuse.evaluation.report import EvaluationReport
 from headfuse.evaluation.tasks import evaluate_tasks
 from headfuse.evaluation.text_loss import measure_text_loss
 from headfuse.folder import OutputFolder, writing
+from headfuse.learning import Course, Learning, learn_heads
 from headfuse.manifest import identify, manifest, peak_memory
 from headfuse.models.dha.export import export_code
+from headfuse.placement import Placement
 from headfuse.planning.plan import HeadPlan
-from headfuse.precision import Precision, best_precision
 from headfuse.progress import Stages, silent
+from headfuse.sharing.refit import RefitReport
 from headfuse.statistics.collect import load_statistics, save_statistics
 from headfuse.statistics.moments import LayerStatistics
 from headfuse.text.rows import TokenRows, count_row_bytes, load_tokens
+from headfuse.training.batches import training_text
+from headfuse.training.loop import TrainingReport
+from headfuse.training.processes import Processes
 
 # Logits of the split and of the written model may differ from their references by this, relative to the largest.
 PARITY_TOLERANCE = 1e-4
@@ -71,6 +77,7 @@ class Conversion:
     parity: dict[str, float]
     seconds: dict[str, float]
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    training: dict[str, TrainingReport] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -86,27 +93,8 @@ class Conversion:
             "parity": self.parity,
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
             "peak_memory_bytes": self.peak_memory_bytes,
+            "training": {stage: report.as_dict() for stage, report in self.training.items()},
         }
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where and how precisely to compute; None chooses by the hardware."""
-
-    device: str | None = None
-    precision: Precision | None = None
-
-    def resolve(self) -> tuple[torch.device, Precision]:
-        """The device and the precision to use."""
-        wanted = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(wanted)
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown name, or no such hardware
-            raise ConfigError(
-                f"wanted a device of this machine, got {wanted!r}; use cpu, or cuda with a GPU"
-            ) from error
-        return device, self.precision or best_precision(device)
 
 
 def convert(
@@ -115,6 +103,8 @@ def convert(
     settings: Settings | None = None,
     calibration: Calibration | None = None,
     *,
+    learning: Learning | None = None,
+    data: str | None = None,
     statistics_folder: Path | None = None,
     plan: Path | None = None,
     placement: Placement | None = None,
@@ -124,6 +114,9 @@ def convert(
     stages: Stages = silent,
 ) -> Conversion:
     """Convert `model` (a folder, a Hub id, `demo` or `smollm2`) into the new folder `out`.
+
+    With `learning`, DHA's trained stages follow, on the tokens of `data` (a source as the calibration's; None: the same
+    text). They live in OUT with `.run` behind it, from which the same call resumes, and which is removed at the end.
 
     Raises a HeadfuseError, and leaves `out` as it was, for anything that a user can cause.
     """
@@ -136,6 +129,7 @@ def convert(
     wanted_plan = None if plan is None else HeadPlan.load(plan)
     if wanted_plan is not None:
         settings = replace(settings, target=wanted_plan.target)
+    run_folder = Path(out).with_name(Path(out).name + ".run")
     estimate = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
     with writing(Path(out), overwrite=overwrite, needed_bytes=estimate, source=source.folder) as folder:
         stock = load_model(source, dtype=torch.float32, device=device)
@@ -145,19 +139,40 @@ def convert(
         parity = {"split": _parity(stock, loaded, loaded.heads, rows.tokens)}
         statistics = _statistics(loaded, rows, settings, source, statistics_folder, stages)
         seconds = {"load and statistics": time.monotonic() - started}
-        converted = convert_heads(loaded, rows.tokens, settings, statistics=statistics, plan=wanted_plan, stages=stages)
+        training: dict[str, TrainingReport] = {}
+        converted = (
+            convert_heads(loaded, rows.tokens, settings, statistics=statistics, plan=wanted_plan, stages=stages)
+            if learning is None or learning.start == "converted"
+            else None
+        )
+        if learning is not None:
+            course = _course(source, data or calibration.source, settings, learning, stock, run_folder, stages)
+            learned = learn_heads(loaded, settings, learning, course, converted=converted)
+            loaded, converted, training = learned.model, learned.converted, learned.reports
+            for stage in training:
+                shutil.copyfile(run_folder / stage / "metrics.jsonl", folder.metrics(stage))
+        assert converted is not None
         seconds |= {name: value for name, value in converted.seconds.items() if name != "statistics"}
         writing_started = time.monotonic()
         dtype = _stored_dtype(source)
         kv_bytes = _kv_bytes(loaded, converted, dtype)
-        _write(folder, loaded, converted, source, settings, dtype, kv_bytes)
+        _write(folder, loaded, converted, source, settings.method if learning is None else "dha", dtype, kv_bytes)
         parity["written"] = _written_parity(folder, loaded, converted, dtype, rows.tokens, device)
         seconds["write"] = time.monotonic() - writing_started
         seconds["total"] = time.monotonic() - started
         _record(folder, converted, source, settings, parity, seconds, command)
-    errors = [(report.before, report.after) for report in converted.refits]
-    mean = tuple(sum(column) / len(errors) for column in zip(*errors, strict=True)) if errors else None
-    return Conversion(Path(out), converted.plan, *kv_bytes, mean, parity, seconds, peak_memory())  # type: ignore[arg-type]
+    if learning is not None:
+        shutil.rmtree(run_folder)
+    return Conversion(
+        Path(out),
+        converted.plan,
+        *kv_bytes,
+        _mean_error(converted.refits),
+        parity,
+        seconds,
+        peak_memory(),
+        training,
+    )
 
 
 def evaluate(
@@ -216,6 +231,33 @@ def _rows(source: Source, calibration: Calibration, seed: int, vocab_size: int) 
         seed=seed,
         vocab_size=vocab_size,
     )
+
+
+def _course(
+    source: Source,
+    data: str | None,
+    settings: Settings,
+    learning: Learning,
+    stock: PreTrainedModel,
+    run_folder: Path,
+    stages: Stages,
+) -> Course:
+    """Where the trained stages run, on what text, and what must be the same for them to be resumed."""
+    text = training_text(
+        data,
+        load_tokenizer(source),
+        num_tokens=learning.training.tokens,
+        vocab_size=stock.config.vocab_size,
+        seed=learning.training.seed,
+        cache=run_folder,
+    )
+    recipe = {
+        "model": identify(source.folder, name=source.public_name).model_dump(),
+        "text": text.digest,
+        "settings": str(settings),
+        "learning": str(learning),
+    }
+    return Course(text, Processes(stock.device, settings.precision), run_folder, recipe, stages)
 
 
 def _statistics(
@@ -309,18 +351,26 @@ def _kv_bytes(loaded: LoadedModel, converted: Converted, dtype: torch.dtype) -> 
     return loaded.kv_bytes_per_token(dtype.itemsize), converted.plan.kv_bytes_per_token(dtype.itemsize)
 
 
+def _mean_error(refits: Sequence[RefitReport]) -> tuple[float, float] | None:
+    """The layers' mean relative error before and after the refit; None without one."""
+    if not refits:
+        return None
+    return sum(r.before for r in refits) / len(refits), sum(r.after for r in refits) / len(refits)
+
+
 def _write(
     folder: OutputFolder,
     loaded: LoadedModel,
     converted: Converted,
     source: Source,
-    settings: Settings,
+    method: str,
     dtype: torch.dtype,
     kv_bytes: tuple[int, int],
 ) -> None:
     """Weights, configuration, code, tokenizer and card."""
     state, adapter, stock = loaded.model.state_dict(), loaded.adapter, loaded.model.config
-    if settings.target == "gqa":
+    target = converted.plan.target
+    if target == "gqa":
         tensors = stock_model_state(state, adapter, converted.heads)
         config: dict[str, Any] = stock_config(stock, adapter, converted.heads).to_dict()
         config["architectures"] = [type(loaded.model).__name__]
@@ -328,7 +378,7 @@ def _write(
         tensors = decoupled_model_state(state, adapter, converted.heads)
         config = decoupled_config(stock, adapter, converted.heads).to_dict()
         config |= export_code(adapter.family, folder.root)
-    card = ModelCard.for_source(source, method=settings.method, target=settings.target, kv_bytes=kv_bytes)
+    card = ModelCard.for_source(source, method=method, target=target, kv_bytes=kv_bytes)
     write_checkpoint(folder.root, tensors, config, source=source.folder, dtype=dtype, card=card)
 
 

@@ -57,3 +57,9 @@ def adapter_for(config: Any) -> Adapter:
     adapter = ADAPTERS[family]
     adapter.check(config)
     return adapter
+
+
+def adapter_of_converted(config: Any) -> Adapter:
+    """The adapter of the family of a model that may be converted already; UnsupportedArchitectureError as above."""
+    family = (getattr(config, "model_type", None) or "").removeprefix("dha_")
+    return ADAPTERS[family] if family in ADAPTERS else adapter_for(config)

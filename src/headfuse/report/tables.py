@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from headfuse.checkpoints.describe import Description
     from headfuse.demo import Demonstration
     from headfuse.evaluation.report import EvaluationReport
+    from headfuse.healing import Healing
     from headfuse.pipeline import Conversion
 
 
@@ -60,6 +61,21 @@ def description_table(found: "Description") -> str:
     return "\n".join([*lines, table(["method", "target", "applies", "note"], methods)])
 
 
+def healing_table(done: "Healing") -> str:
+    """What `heal` prints."""
+    run = done.training
+    losses = ", ".join(f"{name} {value:.4f}" for name, value in run.losses.items() if "norm" not in name)
+    mfu = "" if run.mfu is None else f", {run.mfu:.0%} of the device's peak"
+    return "\n".join(
+        [
+            f"trained      {run.tokens:,} tokens in {run.steps:,} steps",
+            f"last step    {losses}",
+            f"speed        {run.tokens_per_second:,.0f} tokens/s{mfu}",
+            f"time         {done.seconds['total']:.1f} s",
+        ]
+    )
+
+
 def conversion_table(done: "Conversion") -> str:
     """What `convert` prints."""
     keys = [layer.num_key_heads for layer in done.plan.layers]
@@ -73,6 +89,10 @@ def conversion_table(done: "Conversion") -> str:
     if done.refit_error is not None:
         before, after = done.refit_error
         lines.append(f"layer error  {before:.3f} -> {after:.3f} by the refit (text kept out of it)")
+    for stage, run in done.training.items():
+        lines.append(
+            f"{stage:<12} {run.tokens:,} tokens, loss {run.losses['loss']:.4f}, {run.tokens_per_second:,.0f}/s"
+        )
     lines.append(f"exactness    {done.parity['split']:.1e} as read, {done.parity['written']:.1e} as written (logits)")
     spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in done.seconds.items() if name != "total")
     lines.append(f"time         {done.seconds['total']:.1f} s ({spent})")

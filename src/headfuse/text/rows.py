@@ -64,17 +64,17 @@ def load_tokens(
     """
     name = source or BUILTIN
     num_rows = _num_rows(num_tokens, length)
-    path = None if name == BUILTIN else _existing_file(name)
+    path = None if name == BUILTIN else existing_file(name)
     if path is not None and path.suffix.lower() in SUFFIXES:
         rows = _sample_streams(path, num_rows, length, torch.Generator().manual_seed(seed))
         limit = vocab_size or (len(tokenizer) if tokenizer is not None else None)
     else:
         if tokenizer is None:
             raise TextError(f"{name}: wanted a tokenizer to read text, got none; give one, or a .npy file of token ids")
-        documents = _documents(name, path, part, seed, sample=num_rows is not None)
+        documents = source_documents(name, path, part, seed, sample=num_rows is not None)
         rows = _tokenize(name, documents, tokenizer, num_rows, length)
         limit = vocab_size
-    _check_ids(name, rows.tokens, limit)
+    check_range(name, int(rows.tokens.min()), int(rows.tokens.max()), limit)
     return rows
 
 
@@ -102,7 +102,7 @@ def _num_rows(num_tokens: int | None, length: int) -> int | None:
     return num_tokens // length
 
 
-def _existing_file(name: str) -> Path | None:
+def existing_file(name: str) -> Path | None:
     """The file that `name` points at, or None if it looks like a hub id."""
     path = Path(name).expanduser()
     known = (*READERS, *SUFFIXES)
@@ -118,7 +118,11 @@ def _existing_file(name: str) -> Path | None:
     return path
 
 
-def _documents(name: str, path: Path | None, part: Part, seed: int, *, sample: bool) -> Iterable[Document]:
+def source_documents(name: str, path: Path | None, part: Part, seed: int, *, sample: bool) -> Iterable[Document]:
+    """The documents of a text source: in order, or as a `sample` in an order drawn by `seed`.
+
+    Raises TextError if a hub data set is wanted in order: it may have no end.
+    """
     if name != BUILTIN and path is None:
         if not sample:
             raise TextError(f"{name}: wanted a number of tokens for a hub data set, got none; say how many to read")
@@ -130,13 +134,18 @@ def _documents(name: str, path: Path | None, part: Part, seed: int, *, sample: b
     return [documents[i] for i in order.tolist()]
 
 
+def tokenize_documents(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """The ids of each document, with the special tokens that the tokenizer adds."""
+    for texts in _batches(documents):
+        yield from tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+
+
 def _tokenize(
     name: str, documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, num_rows: int | None, length: int
 ) -> TokenRows:
     stream: list[int] = []
-    for texts in _batches(documents):
-        for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
-            stream.extend(ids)
+    for ids in tokenize_documents(documents, tokenizer):
+        stream.extend(ids)
         if num_rows is not None and len(stream) >= num_rows * length:
             break
     count = _check_long_enough(name, len(stream) // length, len(stream), num_rows, length)
@@ -207,8 +216,8 @@ def _check_long_enough(name: str, rows: int, tokens: int, num_rows: int | None, 
     return rows if num_rows is None else num_rows
 
 
-def _check_ids(name: str, tokens: Int64[Tensor, "N T"], limit: int | None) -> None:
-    low, high = int(tokens.min()), int(tokens.max())
+def check_range(name: str, low: int, high: int, limit: int | None) -> None:
+    """Raise TextError unless all ids, from `low` to `high`, belong to a vocabulary of `limit` tokens (None: any)."""
     if low < 0 or (limit is not None and high >= limit):
         raise TextError(
             f"{name}: wanted token ids from 0 to {'' if limit is None else limit - 1}, got {low if low < 0 else high}; "

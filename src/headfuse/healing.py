@@ -1,0 +1,216 @@
+"""Healing: train a converted checkpoint on its original's distribution until what sharing cost is won back."""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import PreTrainedModel
+
+from headfuse.checkpoints.assembly import decoder_layers
+from headfuse.checkpoints.loading import load_config, load_model, load_tokenizer
+from headfuse.checkpoints.registry import adapter_of_converted
+from headfuse.checkpoints.source import Source, locate
+from headfuse.checkpoints.validation import check_weights
+from headfuse.checkpoints.write import write_checkpoint
+from headfuse.folder import OutputFolder, writing
+from headfuse.manifest import identify, manifest, peak_memory
+from headfuse.models.dha.decoupled_attention import DecoupledAttention
+from headfuse.placement import Placement
+from headfuse.progress import Stages, silent
+from headfuse.training.batches import Batches, TrainingText, training_text
+from headfuse.training.loop import Trained, TrainingReport, train
+from headfuse.training.objectives import check_teacher, objective
+from headfuse.training.options import RATES, TrainingOptions
+from headfuse.training.processes import Processes, processes
+from headfuse.training.run_folder import RunFolder
+
+HEALING = TrainingOptions(update="muon", rate=RATES["muon"])
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What `heal` did: the folder it wrote, the run, seconds by stage, peak memory in bytes."""
+
+    out: Path
+    training: TrainingReport
+    seconds: dict[str, float]
+    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "out": str(self.out),
+            "training": self.training.as_dict(),
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+
+def heal_model(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    text: TrainingText,
+    options: TrainingOptions,
+    here: Processes,
+    *,
+    lm_weight: float = 0.0,
+    run: RunFolder | None = None,
+    stages: Stages = silent,
+) -> TrainingReport:
+    """Train all weights of `student` in place. Raises what `train` and `Batches` raise."""
+    batches = Batches(
+        text, rows=options.rows, length=options.length, steps=options.steps, seed=options.seed, repeat=options.repeat
+    )
+    for module in student.modules():
+        if isinstance(module, DecoupledAttention):
+            module.place_maps()
+    minimised = objective(teacher, lm_weight, compiled=options.compiled)
+    teaching = () if teacher is None else list(_blocks(teacher))
+    trained = Trained(student, _blocks(student), minimised, teacher=teacher, teacher_blocks=teaching)
+    return train(trained, batches, options, here, run=run, name="healing", stages=stages)
+
+
+def _blocks(model: PreTrainedModel) -> nn.ModuleList:
+    return decoder_layers(model, adapter_of_converted(model.config))
+
+
+def heal(
+    converted: str | Path,
+    out: str | Path,
+    *,
+    teacher: str | Path | None,
+    data: str | None = None,
+    options: TrainingOptions = HEALING,
+    lm_weight: float = 0.0,
+    run_folder: Path | None = None,
+    placement: Placement | None = None,
+    overwrite: bool = False,
+    command: Sequence[str] = (),
+    stages: Stages = silent,
+) -> Healing | None:
+    """Train the folder `converted` against `teacher` (None: on the text alone) into the new folder `out`.
+
+    The run lives in `run_folder` (by default OUT with `.run` behind it), from which the same command resumes after
+    whatever ended it, and which is removed at the end. Under torchrun all processes share the work (FSDP2), and only
+    the first returns a report.
+    Raises a HeadfuseError, and leaves `out` as it was, for anything that a user can cause.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    root = run_folder or out.with_name(out.name + ".run")
+    device, precision = (placement or Placement()).resolve()
+    source = locate(str(converted))
+    check_weights(source.folder)
+    with processes(device, precision) as here:
+        target = _writing(out, source, here, overwrite=overwrite)
+        with target as folder:
+            student = load_model(source, dtype=torch.float32, device=here.device)
+            guide, identity = _teacher(teacher, student, here)
+            text = _text(source, data, options, student.config.vocab_size, root, here)
+            recipe = {"model": _identity(source), "teacher": identity, "text": text.digest, "lm_weight": lm_weight}
+            seconds = {"load": time.monotonic() - started}
+            run = RunFolder(root, recipe)
+            report = heal_model(
+                student,
+                guide,
+                text,
+                options,
+                here,
+                lm_weight=lm_weight,
+                run=run,
+                stages=stages if here.first else silent,
+            )
+            seconds["training"] = time.monotonic() - started - seconds["load"]
+            state = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            seconds["total"] = time.monotonic() - started
+            if folder is not None:
+                _write(folder, state, source)
+                shutil.copyfile(run.metrics, folder.metrics("healing"))
+                made = manifest(
+                    list(command),
+                    seed=options.seed,
+                    source=identify(source.folder, name=source.public_name, revision=source.revision),
+                    seconds=seconds,
+                )
+                made.save(folder.manifest)
+        here.wait()
+        if here.first:
+            shutil.rmtree(root)
+    return Healing(out, report, seconds, peak_memory()) if here.first else None
+
+
+def _writing(
+    out: Path, source: Source, here: Processes, *, overwrite: bool
+) -> AbstractContextManager[OutputFolder | None]:
+    """The output folder on the first process; the others write nothing."""
+    if not here.first:
+        return nullcontext()
+    size = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
+    return writing(out, overwrite=overwrite, needed_bytes=size, source=source.folder)
+
+
+def _teacher(
+    name: str | Path | None, student: PreTrainedModel, here: Processes
+) -> tuple[PreTrainedModel | None, dict[str, Any] | None]:
+    """The teacher in the precision that it computes in, and which one it is."""
+    if name is None:
+        return None, None
+    source = locate(str(name))
+    check_weights(source.folder)
+    check_teacher(student.config, load_config(source.folder))
+    dtype = torch.bfloat16 if here.precision == "bf16" else torch.float32
+    return load_model(source, dtype=dtype, device=here.device), _identity(source)
+
+
+def _text(
+    source: Source, data: str | None, options: TrainingOptions, vocabulary: int, root: Path, here: Processes
+) -> TrainingText:
+    """The training text, packed by the first process and then read by all."""
+    wanted = 1 if options.repeat else options.steps * options.step_tokens
+
+    def read() -> TrainingText:
+        return training_text(
+            data,
+            load_tokenizer(source),
+            num_tokens=wanted,
+            vocab_size=vocabulary,
+            seed=options.seed,
+            cache=root,
+        )
+
+    if here.first:
+        root.mkdir(parents=True, exist_ok=True)
+        read()
+    here.wait()
+    return read()
+
+
+def _identity(source: Source) -> dict[str, Any]:
+    return identify(source.folder, name=source.public_name, revision=source.revision).model_dump()
+
+
+def _write(folder: OutputFolder, state: Mapping[str, Any], source: Source) -> None:
+    """The healed weights in the dtype of the converted ones, with everything else of that folder."""
+    dtype = getattr(load_config(source.folder), "dtype", None)
+    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    write_checkpoint(
+        folder.root,
+        state,
+        config,
+        source=source.folder,
+        dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32,
+    )
+    for file in [*source.folder.glob("*.py"), source.folder / "README.md"]:
+        if file.is_file():
+            shutil.copyfile(file, folder.root / file.name)
+    before = OutputFolder(source.folder)
+    if before.plan.is_file():
+        shutil.copyfile(before.plan, folder.plan)

@@ -1,0 +1,208 @@
+"""What training minimises: next-token cross-entropy, or the distance from a teacher's next-token distribution.
+
+The logits of a batch, B x T x V, never exist whole. The decoder runs once; the output projection and the loss run over
+chunks of its B * T positions, and each chunk is checkpointed, so that the backward pass recomputes and holds one
+chunk's logits at a time. n is the positions of a chunk, D the hidden size, V the vocabulary. Losses are in nats, mean
+per predicted token, in fp32 whatever the precision of the matrix products.
+"""
+
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from headfuse.errors import ConfigError
+
+# The fp32 logits of one chunk of positions stay below this; a loss keeps about six tensors of that size.
+CHUNK_BYTES = 2**28
+# Settings of families whose logits are more than the output layer applied to the last hidden states.
+RESCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What is minimised, and by name the detached scalars that are logged."""
+
+    total: Float32[Tensor, ""]
+    logged: dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """What is minimised: a function of a model and of rows of T + 1 tokens, of which the last T are predicted."""
+
+    def __call__(self, model: PreTrainedModel, tokens: Int64[Tensor, "B T+1"]) -> Losses:
+        """The losses on a batch, of which `total` has gradients."""
+        ...
+
+
+class OutputLayer(NamedTuple):
+    """The projection from hidden states to logits, and the dtype in which it multiplies."""
+
+    weight: Float[Tensor, "V D"]
+    bias: Float[Tensor, "V"] | None
+    dtype: torch.dtype
+
+
+def last_hidden(model: PreTrainedModel, tokens: Int64[Tensor, "B T+1"]) -> tuple[Float[Tensor, "B*T D"], OutputLayer]:
+    """The decoder's output at every position that predicts a token, and the layer that makes logits of it."""
+    hidden = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+    layer = model.get_output_embeddings()
+    assert isinstance(layer, nn.Linear)
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
+    return hidden.flatten(0, 1), OutputLayer(layer.weight, layer.bias, dtype)
+
+
+def project(hidden: Float[Tensor, "n D"], layer: OutputLayer) -> Float32[Tensor, "n V"]:
+    """The logits of a chunk."""
+    # Cast here and not by autocast, whose cache would add up the chunks' gradients of the weight in bf16.
+    bias = None if layer.bias is None else layer.bias.to(layer.dtype)
+    return F.linear(hidden.to(layer.dtype), layer.weight.to(layer.dtype), bias).float()
+
+
+def language_sums(
+    targets: Int64[Tensor, "n"], hidden: Float[Tensor, "n D"], layer: OutputLayer
+) -> Float32[Tensor, "1"]:
+    """The cross-entropy of a chunk, summed over its positions."""
+    return F.cross_entropy(project(hidden, layer), targets, reduction="sum")[None]
+
+
+def distillation_sums(
+    targets: Int64[Tensor, "n"],
+    teacher_hidden: Float[Tensor, "n E"],
+    hidden: Float[Tensor, "n D"],
+    layer: OutputLayer,
+    teacher_layer: OutputLayer,
+    learns_text: bool,
+) -> Float32[Tensor, "2"]:
+    """Cross-entropy and KL(teacher || student) of a chunk over the full vocabulary, summed over its positions.
+
+    Unless it `learns_text`, the cross-entropy has no gradient: one V-wide tensor less.
+    """
+    log_p = F.log_softmax(project(hidden, layer), dim=-1)
+    with torch.no_grad():
+        log_teacher = F.log_softmax(project(teacher_hidden, teacher_layer), dim=-1)
+    kl = F.kl_div(log_p, log_teacher, reduction="sum", log_target=True)
+    lm = F.nll_loss(log_p if learns_text else log_p.detach(), targets, reduction="sum")
+    return torch.stack([lm, kl])
+
+
+def mean_over_chunks(
+    sums: Callable[..., Float32[Tensor, "losses"]],
+    positions: tuple[Tensor, ...],
+    rest: tuple[OutputLayer | bool, ...],
+    *,
+    vocab_size: int,
+    chunk_tokens: int | None,
+) -> Float32[Tensor, "losses"]:
+    """`sums(*chunk, *rest)` over chunks of `positions`, added up and divided by the number of positions.
+
+    Chunks are of equal size, or differ by one, so that a compiled function sees few shapes.
+    """
+    count = len(positions[0])
+    size = chunk_tokens or max(1, CHUNK_BYTES // (4 * vocab_size))
+    chunks = zip(*(torch.tensor_split(one, -(-count // size)) for one in positions), strict=True)
+    # Nothing in a chunk is random.
+    parts = [checkpoint(sums, *chunk, *rest, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return torch.stack(parts).sum(0) / count  # type: ignore[arg-type]  checkpoint returns what `sums` does
+
+
+@dataclass(frozen=True)
+class LanguageModelling:
+    """Mean next-token cross-entropy.
+
+    A chunk has `chunk_tokens` positions, by default what makes its fp32 logits 256 MiB. `sums` is the function of one
+    chunk: give `torch.compile(language_sums)` to have it compiled.
+    """
+
+    _: KW_ONLY
+    chunk_tokens: int | None = None
+    sums: Callable[..., Tensor] = language_sums
+
+    def __call__(self, model: PreTrainedModel, tokens: Int64[Tensor, "B T+1"]) -> Losses:
+        """The loss on a batch."""
+        hidden, layer = last_hidden(model, tokens)
+        positions = (tokens[:, 1:].flatten(), hidden)
+        (lm,) = mean_over_chunks(
+            self.sums, positions, (layer,), vocab_size=len(layer.weight), chunk_tokens=self.chunk_tokens
+        )
+        return Losses(lm, {"lm": lm.detach()})
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Forward KL from the teacher's distribution over the full vocabulary (arXiv 1503.02531, at temperature 1).
+
+    The loss is `lm_weight * lm + (1 - lm_weight) * kl`, where lm is the cross-entropy. The teacher lives on the
+    student's device and computes at the student's precision, without gradients. `chunk_tokens` and `sums` (default
+    `distillation_sums`) are as in `LanguageModelling`.
+    """
+
+    teacher: PreTrainedModel
+    _: KW_ONLY
+    lm_weight: float = 0.0
+    chunk_tokens: int | None = None
+    sums: Callable[..., Tensor] = distillation_sums
+
+    def __post_init__(self) -> None:
+        """Refuse a weight that is none."""
+        check_lm_weight(self.lm_weight)
+
+    def __call__(self, model: PreTrainedModel, tokens: Int64[Tensor, "B T+1"]) -> Losses:
+        """The loss on a batch."""
+        with torch.no_grad():
+            teacher_hidden, teacher_layer = last_hidden(self.teacher, tokens)
+        hidden, layer = last_hidden(model, tokens)
+        positions = (tokens[:, 1:].flatten(), teacher_hidden, hidden)
+        rest = (layer, teacher_layer, self.lm_weight > 0)
+        lm, kl = mean_over_chunks(
+            self.sums, positions, rest, vocab_size=len(layer.weight), chunk_tokens=self.chunk_tokens
+        )
+        return Losses(weighted(lm, kl, self.lm_weight), {"lm": lm.detach(), "kl": kl.detach()})
+
+
+def objective(teacher: PreTrainedModel | None, lm_weight: float, *, compiled: bool = False) -> Objective:
+    """Distillation with that share of language-model loss; that loss alone without a teacher, or at a share of 1.
+
+    Raises ConfigError for a share outside 0 to 1.
+    """
+    check_lm_weight(lm_weight)
+    compiling = partial(torch.compile, dynamic=False) if compiled else (lambda sums: sums)
+    if teacher is None or lm_weight == 1:
+        return LanguageModelling(sums=compiling(language_sums))
+    return Distillation(teacher, lm_weight=lm_weight, sums=compiling(distillation_sums))
+
+
+def weighted(lm: Tensor, kl: Tensor, lm_weight: float) -> Tensor:
+    """`lm_weight * lm + (1 - lm_weight) * kl`."""
+    return lm_weight * lm + (1 - lm_weight) * kl
+
+
+def check_lm_weight(lm_weight: float) -> None:
+    """Raise ConfigError unless the weight is a share."""
+    if not 0 <= lm_weight <= 1:
+        raise ConfigError(f"wanted an lm_weight from 0 to 1, got {lm_weight}; choose a share of the loss")
+
+
+def check_teacher(student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
+    """Raise ConfigError if the vocabularies differ, or if logits are scaled or capped behind the output layer."""
+    sizes = [config.get_text_config().vocab_size for config in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"wanted a teacher with the student's {sizes[0]} tokens, got {sizes[1]}; use the model that the student "
+            "was converted from"
+        )
+    for config in (student.get_text_config(), teacher.get_text_config()):
+        for name in RESCALED_LOGITS:
+            if getattr(config, name, None) not in (None, 1):
+                raise ConfigError(
+                    f"wanted logits straight from the output layer, got {name}={getattr(config, name)} in a "
+                    f"{config.model_type} model; use another teacher"
+                )
