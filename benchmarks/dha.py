@@ -39,9 +39,11 @@ from training_free import blocks, git_commit, hardware, merge, peak_memory, vers
 RESULTS = Path(__file__).parent / "results" / "dha.json"
 CALIBRATION = 65_536
 BUDGETS = {"0": 0, "41k": 41_000, "206k": 206_000, "1.03M": 1_030_000, "4M": 4_000_000, "16M": 16_000_000}
+SEARCHED = ("206k", "1.03M")  # budgets at which learning rates are searched; each serves those up to the next
 LENGTH = 512
 COMPILED_FROM = 4_000_000  # tokens from which compiling pays
 CURVE_POINTS = 100
+SPEED_ROWS, SPEED_STEPS = 128, 120
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ WAYS = {
     "dha from closed form": Way(UNREFITTED, Learning(fusion_share=0.19, fusion_lm_weight=0.0)),
     "closed form": Way(UNREFITTED, HEALED),
     "closed form + refit": Way(Settings(), HEALED),
+    "original": Way(UNREFITTED, Learning(lm_weight=1.0), calibrated=False),
 }
 MAIN = ("gqa mean-pool", "gqa procrustes", "dha", "dha from closed form", "closed form + refit")
 PAPER_ABLATION = {
@@ -171,8 +174,10 @@ class Bench:
             compiled=self.here.device.type == "cuda" and tokens >= COMPILED_FROM,
             seed=case.seed,
         )
-        learning = replace(case.way.learning, training=replace(training, **case.training))
-        return learning if case.lm_weight is None else replace(learning, lm_weight=case.lm_weight)
+        changed = dict(case.training)
+        lm_weight = changed.pop("lm_weight", case.lm_weight)
+        learning = replace(case.way.learning, training=replace(training, **changed))
+        return learning if lm_weight is None else replace(learning, lm_weight=lm_weight)
 
     def converted(self, settings: Settings, calibrating: int) -> Converted:
         """Shared heads without training; the same for all budgets that calibrate alike."""
@@ -215,27 +220,29 @@ def main_cases(options: argparse.Namespace) -> Iterator[Case]:
     for kv, name, budget in itertools.product(options.kv.split(","), names, options.budgets.split(",")):
         if BUDGETS[budget] or WAYS[name].learning.start == "converted":  # without tokens, fusion has nothing to say
             for seed in seeds(options):
-                yield Case("main", name, WAYS[name], kv, budget, seed, overrides(options), options.lm_weight)
+                changed = overrides(options, name, budget)
+                yield Case("main", name, WAYS[name], kv, budget, seed, changed, options.lm_weight)
 
 
 def base_cases(options: argparse.Namespace) -> Iterator[Case]:
     """The unconverted model trained on as many tokens, which `delta_ce_same_tokens` compares with."""
-    way = Way(replace(UNREFITTED, key_heads=None), Learning(lm_weight=1.0), calibrated=False)
     for budget in options.budgets.split(","):
         for seed in seeds(options):
-            yield Case("base", "original", way, "100%", budget, seed, overrides(options))
+            yield Case(
+                "base", "original", WAYS["original"], "100%", budget, seed, overrides(options, "original", budget)
+            )
 
 
 def rate_cases(options: argparse.Namespace) -> Iterator[Case]:
     """The learning rates of every way, both updates and both losses, at two budgets."""
     rates = {"adamw": (1e-4, 3e-4, 1e-3), "muon": (3e-4, 1e-3, 3e-3)}
-    for name in options.ways.split(",") if options.ways else MAIN:
-        for budget in options.budgets.split(","):
-            for lm_weight in map(float, options.lm_weights.split(",")):
-                for update in options.updates.split(","):
-                    for rate in rates[update]:
-                        changed = {"update": update, "rate": rate}
-                        yield Case("rates", name, WAYS[name], "25%", budget, 0, changed, lm_weight)
+    names = options.ways.split(",") if options.ways else MAIN
+    weights = [float(weight) for weight in options.lm_weights.split(",")]
+    for name, budget, lm_weight in itertools.product(names, options.budgets.split(","), weights):
+        kv = "100%" if name == "original" else "25%"
+        for update in options.updates.split(","):
+            for rate in rates[update]:
+                yield Case("rates", name, WAYS[name], kv, budget, 0, {"update": update, "rate": rate}, lm_weight)
 
 
 def variant_cases(table: str, variants: dict[str, Learning], options: argparse.Namespace) -> Iterator[Case]:
@@ -244,13 +251,29 @@ def variant_cases(table: str, variants: dict[str, Learning], options: argparse.N
         for budget in options.budgets.split(","):
             for seed in seeds(options):
                 way = Way(UNREFITTED, learning, calibrated=False)
-                yield Case(table, name, way, "25%", budget, seed, overrides(options), options.lm_weight)
+                changed = overrides(options, "dha", budget)
+                yield Case(table, name, way, "25%", budget, seed, changed, options.lm_weight)
 
 
 def fusion_shares() -> dict[str, Learning]:
     """How much of a fixed total goes to search and fusion."""
     shares = (0.025, 0.05, 0.1, 0.25, 0.5)
     return {f"{share:.1%}": replace(PAPER, search_share=0.24 * share, fusion_share=0.76 * share) for share in shares}
+
+
+def speed_cases(options: argparse.Namespace) -> Iterator[Case]:
+    """Tokens a second of healing, of the same without a teacher, and of the fusion stage beside its plain twin."""
+    training = {"rows": SPEED_ROWS, "tokens": SPEED_STEPS * SPEED_ROWS * LENGTH}
+    fusing = replace(PAPER, grouping="contiguous", layer_budget="uniform", search_share=0.0, fusion_share=1.0)
+    ways = {
+        "healing, KL": ("25%", WAYS["closed form"]),
+        "healing, LM": ("25%", Way(UNREFITTED, Learning(lm_weight=1.0))),
+        "original, LM": ("100%", WAYS["original"]),
+        "fusion": ("25%", Way(UNREFITTED, replace(fusing, fusion_steps=SPEED_STEPS), calibrated=False)),
+    }
+    for name in options.ways.split(",") if options.ways else ways:
+        kv, way = ways[name]
+        yield Case("speed", name, way, kv, "4M", 0, training)
 
 
 def grouping_cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -265,6 +288,7 @@ TABLES = {
     "ablation": lambda options: variant_cases("ablation", PAPER_ABLATION, options),
     "fusion-share": lambda options: variant_cases("fusion-share", fusion_shares(), options),
     "grouping": grouping_cases,
+    "speed": speed_cases,
 }
 
 
@@ -273,10 +297,16 @@ def seeds(options: argparse.Namespace) -> list[int]:
     return [int(seed) for seed in options.seeds.split(",")]
 
 
-def overrides(options: argparse.Namespace) -> dict[str, Any]:
-    """Training options given on the command line."""
-    given = {"rate": options.rate, "update": options.update}
-    return {name: value for name, value in given.items() if value is not None}
+def overrides(options: argparse.Namespace, way: str, budget: str) -> dict[str, Any]:
+    """Update and rate: those given, else the best that a search found for this way, else the defaults."""
+    given = {name: getattr(options, name) for name in ("rate", "update") if getattr(options, name) is not None}
+    if given or not options.rates:
+        return given
+    searched = SEARCHED[0] if BUDGETS[budget] < BUDGETS[SEARCHED[1]] else SEARCHED[1]
+    rows = json.loads(Path(options.rates).read_text(encoding="utf-8"))["rows"]
+    mine = [row for row in rows if row["method"] == way and row["budget"] == searched]
+    best = min((row for row in mine if options.lm_weight in (None, row["lm_weight"])), key=lambda row: row["delta_ce"])
+    return {name: best[name] for name in ("rate", "update", "lm_weight")}
 
 
 def main() -> None:
@@ -338,6 +368,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--lm-weights", default="0,1", help="rates: shares of language-model loss to try")
     parser.add_argument("--updates", default="adamw,muon", help="rates: updates to try")
+    parser.add_argument("--rates", help="results of the table `rates`, whose best each way then uses")
     parser.add_argument("--rate", type=float)
     parser.add_argument("--update", choices=["adamw", "muon"])
     parser.add_argument("--lm-weight", type=float, help="share of language-model loss in healing, for all ways")

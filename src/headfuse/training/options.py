@@ -11,7 +11,7 @@ Update = Literal["adamw", "muon"]
 # Peak rates that did well on the 30M reference (LOG.md); Muon's steps are scaled to the size of AdamW's.
 RATES: dict[Update, float] = {"adamw": 3e-4, "muon": 1e-3}
 STEPS = 128
-LARGEST_STEP = 65_536
+LARGEST_STEP = 32_768
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,13 @@ class TrainingOptions:
                 f"wanted at least one step of {self.rows} x {self.length} tokens, got a budget of {self.tokens}; "
                 "raise the budget or take fewer rows"
             )
-        if self.micro_rows is not None and self.rows % self.micro_rows:
+        for name in ("warmup", "final"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"wanted {name} from 0 to 1, got {getattr(self, name)}; choose a share")
+        for name in ("weight_decay", "clip", "save_every"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"wanted {name} of at least zero, got {getattr(self, name)}; choose a larger one")
+        if self.micro_rows is not None and (self.micro_rows < 1 or self.rows % self.micro_rows):
             raise ConfigError(
                 f"wanted micro_rows to divide {self.rows} rows, got {self.micro_rows}; choose a divisor of the rows"
             )
@@ -72,7 +78,7 @@ class TrainingOptions:
 
 
 def rows_for(tokens: int, length: int) -> int:
-    """Rows of a step that fit a budget: about 128 steps, of at most 64k tokens.
+    """Rows of a step that fit a budget: about 128 steps, of at most 32k tokens.
 
     Small budgets need steps more than they need large ones; large ones gain from a batch that keeps a GPU busy.
     """
