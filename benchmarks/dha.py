@@ -30,6 +30,7 @@ from headfuse.learning import PAPER, Course, Learning, learn_heads
 from headfuse.placement import Placement
 from headfuse.planning.budget import parse_budget
 from headfuse.sharing.methods import SharingOptions
+from headfuse.sharing.refit import RefitOptions
 from headfuse.text.rows import load_tokens
 from headfuse.training.batches import training_text
 from headfuse.training.options import RATES, TrainingOptions, rows_for
@@ -37,11 +38,10 @@ from headfuse.training.processes import Processes
 from training_free import blocks, git_commit, hardware, merge, peak_memory, versions, write
 
 RESULTS = Path(__file__).parent / "results" / "dha.json"
-CALIBRATION = 65_536
+CALIBRATION, LONG_CALIBRATION = 65_536, 524_288
 BUDGETS = {"0": 0, "41k": 41_000, "206k": 206_000, "1.03M": 1_030_000, "4M": 4_000_000, "16M": 16_000_000}
-SEARCHED = ("206k", "1.03M")  # budgets at which learning rates are searched; each serves those up to the next
 LENGTH = 512
-COMPILED_FROM = 4_000_000  # tokens from which compiling pays
+COMPILED_FROM = 10_000_000  # tokens from which compiling pays
 CURVE_POINTS = 100
 SPEED_ROWS, SPEED_STEPS = 128, 120
 
@@ -52,23 +52,32 @@ class Way:
 
     settings: Settings
     learning: Learning
-    calibrated: bool = True
+    calibration: int = CALIBRATION
 
     def spends(self, tokens: int) -> int:
         """Calibration tokens within a budget; a budget of 0 is the conversion alone, whatever it reads."""
-        return min(CALIBRATION, tokens or CALIBRATION) if self.calibrated else 0
+        return min(self.calibration, tokens or self.calibration)
 
 
 HEALED = Learning()
 UNREFITTED = Settings(refit=None)
 WAYS = {
-    "gqa mean-pool": Way(Settings("mean-pool", "gqa", refit=None), HEALED, calibrated=False),
+    "gqa mean-pool": Way(Settings("mean-pool", "gqa", refit=None), HEALED, calibration=0),
     "gqa procrustes": Way(Settings("procrustes", "gqa", options=SharingOptions(restore_norm=True), refit=None), HEALED),
-    "dha": Way(UNREFITTED, PAPER, calibrated=False),
+    "dha": Way(UNREFITTED, PAPER, calibration=0),
     "dha from closed form": Way(UNREFITTED, Learning(fusion_share=0.19, fusion_lm_weight=0.0)),
     "closed form": Way(UNREFITTED, HEALED),
     "closed form + refit": Way(Settings(), HEALED),
-    "original": Way(UNREFITTED, Learning(lm_weight=1.0), calibrated=False),
+    "closed form + long refit": Way(Settings(refit=RefitOptions(steps=720)), HEALED, calibration=LONG_CALIBRATION),
+    "original": Way(UNREFITTED, Learning(lm_weight=1.0), calibration=0),
+}
+RATE_GRIDS = {
+    "gqa mean-pool": (4e-4, 1e-3, 2.5e-3),
+    "gqa procrustes": (2e-4, 5e-4, 1e-3),
+    "dha": (2e-4, 5e-4, 1e-3),
+    "dha from closed form": (1e-4, 3e-4),
+    "closed form + refit": (5e-5, 1e-4, 2e-4, 4e-4),
+    "original": (2e-5, 1e-4, 3e-4),
 }
 MAIN = ("gqa mean-pool", "gqa procrustes", "dha", "dha from closed form", "closed form + refit")
 PAPER_ABLATION = {
@@ -168,8 +177,7 @@ class Bench:
             tokens=max(tokens, rows * LENGTH),
             rows=rows,
             length=LENGTH,
-            rate=RATES["muon"],
-            update="muon",
+            rate=RATES["adamw"],
             repeat=True,
             compiled=self.here.device.type == "cuda" and tokens >= COMPILED_FROM,
             seed=case.seed,
@@ -220,7 +228,7 @@ def main_cases(options: argparse.Namespace) -> Iterator[Case]:
     for kv, name, budget in itertools.product(options.kv.split(","), names, options.budgets.split(",")):
         if BUDGETS[budget] or WAYS[name].learning.start == "converted":  # without tokens, fusion has nothing to say
             for seed in seeds(options):
-                changed = overrides(options, name, budget)
+                changed = overrides(options, name)
                 yield Case("main", name, WAYS[name], kv, budget, seed, changed, options.lm_weight)
 
 
@@ -228,21 +236,17 @@ def base_cases(options: argparse.Namespace) -> Iterator[Case]:
     """The unconverted model trained on as many tokens, which `delta_ce_same_tokens` compares with."""
     for budget in options.budgets.split(","):
         for seed in seeds(options):
-            yield Case(
-                "base", "original", WAYS["original"], "100%", budget, seed, overrides(options, "original", budget)
-            )
+            yield Case("base", "original", WAYS["original"], "100%", budget, seed, overrides(options, "original"))
 
 
 def rate_cases(options: argparse.Namespace) -> Iterator[Case]:
-    """The learning rates of every way, both updates and both losses, at two budgets."""
-    rates = {"adamw": (1e-4, 3e-4, 1e-3), "muon": (3e-4, 1e-3, 3e-3)}
-    names = options.ways.split(",") if options.ways else MAIN
-    weights = [float(weight) for weight in options.lm_weights.split(",")]
-    for name, budget, lm_weight in itertools.product(names, options.budgets.split(","), weights):
+    """Learning rates of every way; the two baselines of the literature with and without a teacher."""
+    for name in options.ways.split(",") if options.ways else RATE_GRIDS:
         kv = "100%" if name == "original" else "25%"
-        for update in options.updates.split(","):
-            for rate in rates[update]:
-                yield Case("rates", name, WAYS[name], kv, budget, 0, {"update": update, "rate": rate}, lm_weight)
+        weights = (0.0, 1.0) if name in ("gqa mean-pool", "dha") else (WAYS[name].learning.lm_weight,)
+        for budget, lm_weight, rate in itertools.product(options.budgets.split(","), weights, RATE_GRIDS[name]):
+            changed = {"update": options.update or "adamw", "rate": rate}
+            yield Case("rates", name, WAYS[name], kv, budget, 0, changed, lm_weight)
 
 
 def variant_cases(table: str, variants: dict[str, Learning], options: argparse.Namespace) -> Iterator[Case]:
@@ -250,8 +254,8 @@ def variant_cases(table: str, variants: dict[str, Learning], options: argparse.N
     for name, learning in variants.items():
         for budget in options.budgets.split(","):
             for seed in seeds(options):
-                way = Way(UNREFITTED, learning, calibrated=False)
-                changed = overrides(options, "dha", budget)
+                way = Way(UNREFITTED, learning, calibration=0)
+                changed = overrides(options, "dha")
                 yield Case(table, name, way, "25%", budget, seed, changed, options.lm_weight)
 
 
@@ -269,11 +273,11 @@ def speed_cases(options: argparse.Namespace) -> Iterator[Case]:
         "healing, KL": ("25%", WAYS["closed form"]),
         "healing, LM": ("25%", Way(UNREFITTED, Learning(lm_weight=1.0))),
         "original, LM": ("100%", WAYS["original"]),
-        "fusion": ("25%", Way(UNREFITTED, replace(fusing, fusion_steps=SPEED_STEPS), calibrated=False)),
+        "fusion": ("25%", Way(UNREFITTED, replace(fusing, fusion_steps=SPEED_STEPS), calibration=0)),
     }
     for name in options.ways.split(",") if options.ways else ways:
         kv, way = ways[name]
-        yield Case("speed", name, way, kv, "4M", 0, training)
+        yield Case("speed", name, way, kv, "4M", 0, training | {"compiled": True})
 
 
 def grouping_cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -297,14 +301,13 @@ def seeds(options: argparse.Namespace) -> list[int]:
     return [int(seed) for seed in options.seeds.split(",")]
 
 
-def overrides(options: argparse.Namespace, way: str, budget: str) -> dict[str, Any]:
+def overrides(options: argparse.Namespace, way: str) -> dict[str, Any]:
     """Update and rate: those given, else the best that a search found for this way, else the defaults."""
     given = {name: getattr(options, name) for name in ("rate", "update") if getattr(options, name) is not None}
     if given or not options.rates:
         return given
-    searched = SEARCHED[0] if BUDGETS[budget] < BUDGETS[SEARCHED[1]] else SEARCHED[1]
     rows = json.loads(Path(options.rates).read_text(encoding="utf-8"))["rows"]
-    mine = [row for row in rows if row["method"] == way and row["budget"] == searched]
+    mine = [row for row in rows if row["method"] == way.replace("long ", "")]
     best = min((row for row in mine if options.lm_weight in (None, row["lm_weight"])), key=lambda row: row["delta_ce"])
     return {name: best[name] for name in ("rate", "update", "lm_weight")}
 
@@ -346,7 +349,7 @@ def save(options: argparse.Namespace, rows: Sequence[dict[str, Any]], seconds: f
 
 def arguments(options: argparse.Namespace) -> Iterator[str]:
     """The options that choose rows, as they were given."""
-    for name in ("kv", "ways", "budgets", "seeds", "lm_weights", "updates", "rate", "update", "lm_weight"):
+    for name in ("kv", "ways", "budgets", "seeds", "rate", "update", "lm_weight"):
         value = getattr(options, name)
         if value not in (None, ""):
             yield f"--{name.replace('_', '-')} '{value}'"
@@ -366,8 +369,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ways", default="", help=f"by commas, of: {', '.join(WAYS)}")
     parser.add_argument("--budgets", default=",".join(BUDGETS))
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--lm-weights", default="0,1", help="rates: shares of language-model loss to try")
-    parser.add_argument("--updates", default="adamw,muon", help="rates: updates to try")
     parser.add_argument("--rates", help="results of the table `rates`, whose best each way then uses")
     parser.add_argument("--rate", type=float)
     parser.add_argument("--update", choices=["adamw", "muon"])

@@ -17,15 +17,19 @@ if TYPE_CHECKING:
         HeadfuseError,
         PlanError,
         TextError,
+        TrainingError,
         UnsupportedArchitectureError,
     )
     from headfuse.evaluation.report import EvaluationReport
+    from headfuse.healing import Healing, heal
+    from headfuse.learning import Learning
     from headfuse.pipeline import Calibration, Conversion, convert, evaluate
     from headfuse.placement import Placement
     from headfuse.planning.budget import parse_budget
     from headfuse.planning.plan import HeadPlan, LayerPlan
     from headfuse.sharing.methods import SharingOptions
     from headfuse.sharing.refit import RefitOptions
+    from headfuse.training.options import TrainingOptions
 
 __version__ = "0.1.0"
 
@@ -40,15 +44,19 @@ _MODULES = {
         "HeadfuseError",
         "PlanError",
         "TextError",
+        "TrainingError",
         "UnsupportedArchitectureError",
     ),
     "evaluation.report": ("EvaluationReport",),
+    "healing": ("Healing", "heal"),
+    "learning": ("Learning",),
     "pipeline": ("Calibration", "Conversion", "convert", "evaluate"),
     "placement": ("Placement",),
     "planning.budget": ("parse_budget",),
     "planning.plan": ("HeadPlan", "LayerPlan"),
     "sharing.methods": ("SharingOptions",),
     "sharing.refit": ("RefitOptions",),
+    "training.options": ("TrainingOptions",),
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 
@@ -61,18 +69,23 @@ __all__ = [
     "EvaluationReport",
     "HeadPlan",
     "HeadfuseError",
+    "Healing",
     "LayerPlan",
+    "Learning",
     "Placement",
     "PlanError",
     "RefitOptions",
     "Settings",
     "SharingOptions",
     "TextError",
+    "TrainingError",
+    "TrainingOptions",
     "UnsupportedArchitectureError",
     "__version__",
     "adapter_for",
     "convert",
     "evaluate",
+    "heal",
     "inspect",
     "locate",
     "parse_budget",

@@ -92,8 +92,17 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer turns Ctrl-C into it without a word
-            sys.stderr.write("headfuse: interrupted; nothing was left behind\n")
+            sys.stderr.write(f"headfuse: interrupted; {_kept(end) or 'nothing was left behind'}\n")
         raise
+
+
+def _kept(error: BaseException | None) -> str:
+    """What an error, or one that led to it, says of a run that can be resumed."""
+    notes: list[str] = []
+    while error is not None:
+        notes += getattr(error, "__notes__", [])
+        error = error.__cause__ or error.__context__
+    return "; ".join(notes)
 
 
 @app.command()

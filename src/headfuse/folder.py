@@ -80,13 +80,12 @@ def writing(
     created, or has too little disk space; and if the disk fills up while writing.
     """
     out = out.expanduser().resolve()
-    _check_target(out, overwrite=overwrite, source=source)
-    _check_space(out, needed_bytes)
+    check_output(out, overwrite=overwrite, needed_bytes=needed_bytes, source=source)
     mark = uuid.uuid4().hex[:8]
     partial = out.with_name(f".{out.name}.partial-{mark}")
     made: list[Path] = []
     try:
-        made = _make_parents(out)
+        made = make_parents(out)
         (partial / "headfuse").mkdir(parents=True)
         yield OutputFolder(partial)
         _check_target(out, overwrite=overwrite, source=source)  # again: the work may have taken hours
@@ -100,6 +99,13 @@ def writing(
                 parent.rmdir()
         _explain(error, out, partial, written=written, needed=needed_bytes)
         raise
+
+
+def check_output(out: Path, *, overwrite: bool, needed_bytes: int, source: Path | None) -> None:
+    """Raise the ConfigErrors that `writing` would raise before any work."""
+    out = out.expanduser().resolve()
+    _check_target(out, overwrite=overwrite, source=source)
+    _check_space(out, needed_bytes)
 
 
 def _check_target(out: Path, *, overwrite: bool, source: Path | None) -> None:
@@ -137,7 +143,7 @@ def _nearest(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if place.exists())
 
 
-def _make_parents(out: Path) -> list[Path]:
+def make_parents(out: Path) -> list[Path]:
     """Create the parents of `out`; returns those that were not there, outermost first."""
     absent = [parent for parent in out.parents if not parent.exists()][::-1]
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,25 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedModel
 
 from headfuse.checkpoints.assembly import decoder_layers
+from headfuse.checkpoints.card import healed_card
 from headfuse.checkpoints.loading import load_config, load_model, load_tokenizer
 from headfuse.checkpoints.registry import adapter_of_converted
 from headfuse.checkpoints.source import Source, locate
 from headfuse.checkpoints.validation import check_weights
 from headfuse.checkpoints.write import write_checkpoint
-from headfuse.folder import OutputFolder, writing
+from headfuse.errors import ConfigError
+from headfuse.folder import OutputFolder, check_output, writing
 from headfuse.manifest import identify, manifest, peak_memory
 from headfuse.models.dha.decoupled_attention import DecoupledAttention
 from headfuse.placement import Placement
 from headfuse.progress import Stages, silent
 from headfuse.training.batches import Batches, TrainingText, training_text
-from headfuse.training.loop import Trained, TrainingReport, train
-from headfuse.training.objectives import check_teacher, objective
+from headfuse.training.loop import Trained, TrainingReport, check_length, train
+from headfuse.training.objectives import check_lm_weight, check_teacher, objective
 from headfuse.training.options import RATES, TrainingOptions
 from headfuse.training.processes import Processes, processes
-from headfuse.training.run_folder import RunFolder
+from headfuse.training.run_folder import RunFolder, run_root
+from headfuse.training.teacher_cache import fingerprint
 
 HEALING = TrainingOptions(update="muon", rate=RATES["muon"])
 
@@ -99,25 +101,29 @@ def heal(
     """Train the folder `converted` against `teacher` (None: on the text alone) into the new folder `out`.
 
     The run lives in `run_folder` (by default OUT with `.run` behind it), from which the same command resumes after
-    whatever ended it, and which is removed at the end. Under torchrun all processes share the work (FSDP2), and only
-    the first returns a report.
+    whatever ended it. It is removed at the end, and after an error that came before the first checkpoint. Under
+    torchrun all processes share the work (FSDP2), and only the first returns a report.
     Raises a HeadfuseError, and leaves `out` as it was, for anything that a user can cause.
     """
     started = time.monotonic()
     out = Path(out)
     root = run_folder or out.with_name(out.name + ".run")
     device, precision = (placement or Placement()).resolve()
+    check_lm_weight(lm_weight)
     source = locate(str(converted))
     check_weights(source.folder)
+    space = {"needed_bytes": sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))}
     with processes(device, precision) as here:
-        target = _writing(out, source, here, overwrite=overwrite)
-        with target as folder:
+        if here.first:
+            _check_folders(out, root, source, overwrite=overwrite, **space)
+        with run_root(root, first=here.first):
             student = load_model(source, dtype=torch.float32, device=here.device)
+            check_length(student.config, options.length)
             guide, identity = _teacher(teacher, student, here)
             text = _text(source, data, options, student.config.vocab_size, root, here)
-            recipe = {"model": _identity(source), "teacher": identity, "text": text.digest, "lm_weight": lm_weight}
+            model = _identity(source) | {"sample": fingerprint(student)}
+            run = RunFolder(root, {"model": model, "teacher": identity, "text": text.digest, "lm_weight": lm_weight})
             seconds = {"load": time.monotonic() - started}
-            run = RunFolder(root, recipe)
             report = heal_model(
                 student,
                 guide,
@@ -130,31 +136,28 @@ def heal(
             )
             seconds["training"] = time.monotonic() - started - seconds["load"]
             state = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-            seconds["total"] = time.monotonic() - started
-            if folder is not None:
-                _write(folder, state, source)
-                shutil.copyfile(run.metrics, folder.metrics("healing"))
-                made = manifest(
-                    list(command),
-                    seed=options.seed,
-                    source=identify(source.folder, name=source.public_name, revision=source.revision),
-                    seconds=seconds,
-                )
-                made.save(folder.manifest)
-        here.wait()
-        if here.first:
-            shutil.rmtree(root)
+            if here.first:
+                with writing(out, overwrite=overwrite, source=source.folder, **space) as folder:
+                    _write(folder, state, source, run, report, None if identity is None else identity["name"])
+                    seconds["total"] = time.monotonic() - started
+                    made = manifest(
+                        list(command),
+                        seed=options.seed,
+                        source=identify(source.folder, name=source.public_name, revision=source.revision),
+                        seconds=seconds,
+                    )
+                    made.save(folder.manifest)
+            here.wait()
     return Healing(out, report, seconds, peak_memory()) if here.first else None
 
 
-def _writing(
-    out: Path, source: Source, here: Processes, *, overwrite: bool
-) -> AbstractContextManager[OutputFolder | None]:
-    """The output folder on the first process; the others write nothing."""
-    if not here.first:
-        return nullcontext()
-    size = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
-    return writing(out, overwrite=overwrite, needed_bytes=size, source=source.folder)
+def _check_folders(out: Path, root: Path, source: Source, *, overwrite: bool, needed_bytes: int) -> None:
+    """Refuse an output or a run folder that could not be used at the end; it is written only then."""
+    check_output(out, overwrite=overwrite, needed_bytes=needed_bytes, source=source.folder)
+    place = root.expanduser().resolve()
+    for name, other in (("the output", out.expanduser().resolve()), ("the model", source.folder.resolve())):
+        if place == other or other in place.parents or place in other.parents:
+            raise ConfigError(f"{root}: the folder of the run and {name} {other} must be separate; choose another")
 
 
 def _teacher(
@@ -197,8 +200,15 @@ def _identity(source: Source) -> dict[str, Any]:
     return identify(source.folder, name=source.public_name, revision=source.revision).model_dump()
 
 
-def _write(folder: OutputFolder, state: Mapping[str, Any], source: Source) -> None:
-    """The healed weights in the dtype of the converted ones, with everything else of that folder."""
+def _write(
+    folder: OutputFolder,
+    state: Mapping[str, Any],
+    source: Source,
+    run: RunFolder,
+    report: TrainingReport,
+    teacher: str | None,
+) -> None:
+    """The healed weights in the dtype of the converted ones, with everything else of that folder, and the curve."""
     dtype = getattr(load_config(source.folder), "dtype", None)
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     write_checkpoint(
@@ -208,9 +218,12 @@ def _write(folder: OutputFolder, state: Mapping[str, Any], source: Source) -> No
         source=source.folder,
         dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32,
     )
-    for file in [*source.folder.glob("*.py"), source.folder / "README.md"]:
-        if file.is_file():
-            shutil.copyfile(file, folder.root / file.name)
+    for file in source.folder.glob("*.py"):
+        shutil.copyfile(file, folder.root / file.name)
     before = OutputFolder(source.folder)
+    if before.model_card.is_file():
+        card = healed_card(before.model_card.read_text(encoding="utf-8"), tokens=report.tokens, teacher=teacher)
+        folder.model_card.write_text(card, encoding="utf-8")
     if before.plan.is_file():
         shutil.copyfile(before.plan, folder.plan)
+    shutil.copyfile(run.metrics, folder.metrics("healing"))

@@ -24,7 +24,7 @@ from headfuse.checkpoints.attention import attention_of, attention_replaced, hea
 from headfuse.checkpoints.heads import AttentionHeads
 from headfuse.checkpoints.opened import LoadedModel
 from headfuse.conversion import Converted, Settings
-from headfuse.errors import ConfigError
+from headfuse.errors import ConfigError, PlanError
 from headfuse.fusion.objective import FusionObjective, Projections, SearchObjective
 from headfuse.fusion.operators import (
     Extent,
@@ -37,14 +37,14 @@ from headfuse.fusion.operators import (
 )
 from headfuse.models.dha.decoupled_attention import DecoupledAttention
 from headfuse.planning.annealing import anneal_groups
-from headfuse.planning.budget import head_plan, uniform_counts
+from headfuse.planning.budget import head_plan, knapsack, uniform_counts
 from headfuse.planning.grouping import HeadGroups, contiguous_groups
-from headfuse.planning.layer_budget import greedy_counts, knapsack_counts
+from headfuse.planning.layer_budget import allowed_counts, greedy_counts, knapsack_counts
 from headfuse.progress import Stages, silent
 from headfuse.statistics.similarity import cka
 from headfuse.training.batches import Batches, TrainingText
-from headfuse.training.loop import Trained, TrainingReport, train
-from headfuse.training.objectives import Objective, objective
+from headfuse.training.loop import Trained, TrainingReport, check_length, train
+from headfuse.training.objectives import Objective, check_lm_weight, objective
 from headfuse.training.optimizers import ParameterGroup
 from headfuse.training.options import TrainingOptions
 from headfuse.training.processes import Processes
@@ -90,12 +90,48 @@ class Learning:
     levels: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse shares that leave nothing, and a search without a use."""
-        if not 0 <= self.search_share + self.fusion_share <= 1:
+        """Refuse shares that leave nothing, a search without a use, and a use of distances without a search."""
+        check_lm_weight(self.lm_weight)
+        check_lm_weight(self.fusion_lm_weight)
+        shares = (self.search_share, self.fusion_share)
+        if min(shares) < 0 or sum(shares) > 1:
             raise ConfigError(
                 f"wanted shares of search and fusion from 0 to 1 together, got {self.search_share:g} and "
-                f"{self.fusion_share:g}; lower them"
+                f"{self.fusion_share:g}; choose others"
             )
+        for name in ("search_steps", "fusion_steps", "levels"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"wanted {name} of at least one, got {getattr(self, name)}; choose a larger one")
+        if self.start == "converted" and (self.search_share or self.levels > 1):
+            raise ConfigError(
+                f"wanted no search and one level from converted heads, whose groups are chosen, got a search share of "
+                f"{self.search_share:g} and {self.levels} levels; start from the original heads for those"
+            )
+        if self.start == "original" and self.searches and not self.search_share:
+            raise ConfigError(
+                f"wanted a search for the distances that grouping {self.grouping!r} and layer budget "
+                f"{self.layer_budget!r} go by, got a search share of 0; give it a share of the tokens"
+            )
+
+    @property
+    def searches(self) -> bool:
+        """Whether the groups of the start "original" go by distances that only a search measures."""
+        return self.grouping != "cka" and (self.grouping != "contiguous" or self.layer_budget != "uniform")
+
+    @property
+    def search_tokens(self) -> int:
+        """Tokens of the search of one level."""
+        return int(self.search_share * self.training.tokens / self.levels)
+
+    @property
+    def search_length(self) -> int:
+        """Tokens in a row of the search."""
+        return min(SEARCH_LENGTH, self.training.length)
+
+    @property
+    def fusion_tokens(self) -> int:
+        """Tokens of the fusion of one level."""
+        return int(self.fusion_share * self.training.tokens / self.levels)
 
 
 # The paper's own settings. It says neither the share of the stages in a small budget (0.2B of up to 5B tokens) nor
@@ -168,8 +204,10 @@ def learn_heads(
     """Convert a model with training; `loaded` stays as it was, a copy is trained.
 
     `settings` say budget and seed. `converted`, from `convert_heads`, is what the start "converted" begins with.
-    Raises what `train` raises, and PlanError for heads that DHA cannot fold.
+    Raises what `train` and `check_learnable` raise.
     """
+    check_learnable(loaded, settings, learning)
+    check_text(course.text, learning)
     student = LoadedModel.of(copy.deepcopy(loaded.model), loaded.adapter)
     run = _Run(student, loaded, settings, learning, course)
     if learning.start == "original":
@@ -188,6 +226,64 @@ def learn_heads(
     return Learned(student, done, run.reports)
 
 
+def check_learnable(loaded: LoadedModel, settings: Settings, learning: Learning, *, planned: bool = False) -> None:
+    """Raise, before any work, if these stages cannot convert this model to these settings.
+
+    PlanError for heads that DHA cannot fold and for counts that it cannot reach; ConfigError for stages with less than
+    a row of tokens, and for what the start from the original heads cannot obey.
+    """
+    training, counts = learning.training, [count for layer in loaded.heads for count in layer.counts]
+    check_length(loaded.model.config, training.length)
+    stages = []
+    if learning.start == "original":
+        stages = [("search", learning.search_tokens, learning.search_length)] if learning.searches else []
+        if settings.target != "dha" or settings.budget != "uniform" or planned:
+            raise ConfigError(
+                "wanted target dha and no plan or adaptive budget from the original heads, whose search finds groups "
+                "for keys and values apart; leave them out, or start from converted heads"
+            )
+        if settings.key_heads is not None or settings.value_heads is not None:
+            raise ConfigError(
+                "wanted a share of the cache to start from the original heads, got numbers of heads; give the share"
+            )
+        _check_counts(counts, loaded, settings, learning)
+    if learning.fusion_share:
+        stages.append(("fusion", learning.fusion_tokens, training.length))
+    for name, tokens, length in stages:
+        if tokens < length:
+            raise ConfigError(
+                f"wanted at least one row of {length} tokens for the {name}, got {tokens}; raise its share or the "
+                "budget, or choose shorter rows"
+            )
+    if learning.start == "original" or learning.fusion_share:
+        for layer in loaded.heads:
+            check_fusable(layer)
+
+
+def _check_counts(counts: Sequence[int], loaded: LoadedModel, settings: Settings, learning: Learning) -> None:
+    """Raise PlanError if the first level cannot have its total in equal groups."""
+    share = settings.share if learning.levels == 1 else max(settings.share, Fraction(1, 2))
+    total = int(share * sum(counts))
+    if learning.layer_budget == "greedy":
+        greedy_counts([0.0] * len(counts), counts, total)
+    elif learning.layer_budget == "knapsack":
+        knapsack([dict.fromkeys(allowed_counts(count), 0.0) for count in counts], total)
+    else:
+        wanted = uniform_counts([layer.counts for layer in loaded.heads], Fraction(total, sum(counts)))
+        for count, heads in zip([n for pair in wanted for n in pair], counts, strict=True):
+            if heads % count and learning.grouping != "contiguous":
+                raise PlanError(
+                    f"wanted equal groups of {heads} heads, got a budget of {count} of them; choose one that divides "
+                    "them, or another layer budget"
+                )
+
+
+def check_text(text: TrainingText, learning: Learning) -> None:
+    """Raise TextError, before any work, if the text is shorter than the budget and may not repeat."""
+    training = learning.training
+    Batches(text, rows=training.rows, length=training.length, steps=training.steps, seed=0, repeat=training.repeat)
+
+
 class _Run:
     """The stages of one conversion, on one student."""
 
@@ -202,8 +298,6 @@ class _Run:
 
     def fuse_levels(self, heads: list[AttentionHeads]) -> list[AttentionHeads]:
         """Search, group, fuse and fold; in several levels if asked (B.2), each from the heads of the one before."""
-        for layer in heads:
-            check_fusable(layer)
         source = sum(sum(layer.counts) for layer in heads)
         levels = self.learning.levels
         for level in range(1, levels + 1):
@@ -219,12 +313,12 @@ class _Run:
         learning = self.learning
         if learning.grouping == "cka":
             return [(1 - cka(layer.k), 1 - cka(layer.v)) for layer in heads]
-        tokens = int(learning.search_share * learning.training.tokens / learning.levels)
-        if learning.grouping == "contiguous" and learning.layer_budget == "uniform":
+        if not learning.searches:
             return []
-        options = self._options(tokens, SEARCH_LENGTH, learning.search_steps)
+        options = self._options(learning.search_tokens, learning.search_length, learning.search_steps)
         with self._fused(heads, None) as (projections, _):
             searching = SearchObjective(self._objective(1.0), projections, steps=options.steps)
+            searching.to(self.course.here.device)
             trained = self._trained(searching, projections, weights=False, after_step=searching.after_step)
             self._train(trained, options, stage)
             return searching.distances()
@@ -258,10 +352,9 @@ class _Run:
         Without tokens for it nothing is learned and the fold of the start is the mean of every group.
         """
         learning = self.learning
-        tokens = int(learning.fusion_share * learning.training.tokens / learning.levels)
         with self._fused(heads, groups) as (projections, modules):
-            if tokens:
-                options = self._options(tokens, learning.training.length, learning.fusion_steps)
+            if learning.fusion_share:
+                options = self._options(learning.fusion_tokens, learning.training.length, learning.fusion_steps)
                 fusing = FusionObjective(
                     self._objective(learning.fusion_lm_weight),
                     projections,
@@ -269,6 +362,7 @@ class _Run:
                     decay=learning.margin_decay,
                     per_term=learning.per_term_margin,
                 )
+                fusing.to(self.course.here.device)
                 trained = self._trained(
                     fusing,
                     projections,
@@ -305,7 +399,7 @@ class _Run:
         rows = max(1, tokens // (steps * length))
         training = self.learning.training
         micro_rows = None if training.micro_rows is None else math.gcd(rows, training.micro_rows)
-        return replace(training, tokens=max(tokens, length), rows=rows, length=length, micro_rows=micro_rows)
+        return replace(training, tokens=tokens, rows=rows, length=length, micro_rows=micro_rows)
 
     def _objective(self, lm_weight: float) -> Objective:
         return objective(self._teacher(lm_weight), lm_weight, compiled=self.learning.training.compiled)

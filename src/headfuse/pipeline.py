@@ -5,7 +5,8 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ from headfuse.evaluation.cache_bytes import cache_report
 from headfuse.evaluation.report import EvaluationReport
 from headfuse.evaluation.tasks import evaluate_tasks
 from headfuse.evaluation.text_loss import measure_text_loss
-from headfuse.folder import OutputFolder, writing
-from headfuse.learning import Course, Learning, learn_heads
+from headfuse.folder import OutputFolder, check_output, writing
+from headfuse.learning import Course, Learned, Learning, check_learnable, check_text, learn_heads
 from headfuse.manifest import identify, manifest, peak_memory
 from headfuse.models.dha.export import export_code
 from headfuse.placement import Placement
@@ -50,6 +51,7 @@ from headfuse.text.rows import TokenRows, count_row_bytes, load_tokens
 from headfuse.training.batches import training_text
 from headfuse.training.loop import TrainingReport
 from headfuse.training.processes import Processes
+from headfuse.training.run_folder import run_root
 
 # Logits of the split and of the written model may differ from their references by this, relative to the largest.
 PARITY_TOLERANCE = 1e-4
@@ -116,7 +118,8 @@ def convert(
     """Convert `model` (a folder, a Hub id, `demo` or `smollm2`) into the new folder `out`.
 
     With `learning`, DHA's trained stages follow, on the tokens of `data` (a source as the calibration's; None: the same
-    text). They live in OUT with `.run` behind it, from which the same call resumes, and which is removed at the end.
+    text). They live in OUT with `.run` behind it, from which the same call resumes. It is removed at the end, and after
+    an error that came before the first checkpoint.
 
     Raises a HeadfuseError, and leaves `out` as it was, for anything that a user can cause.
     """
@@ -126,32 +129,33 @@ def convert(
     settings = replace(settings, precision=precision)
     source = locate(str(model), allow_pickle=allow_pickle)
     check_checkpoint(source.folder, allow_pickle=allow_pickle)
-    wanted_plan = None if plan is None else HeadPlan.load(plan)
-    if wanted_plan is not None:
-        settings = replace(settings, target=wanted_plan.target)
+    planned = None if plan is None else HeadPlan.load(plan)
+    if planned is not None:
+        settings = replace(settings, target=planned.target)
     run_folder = Path(out).with_name(Path(out).name + ".run")
     estimate = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
-    with writing(Path(out), overwrite=overwrite, needed_bytes=estimate, source=source.folder) as folder:
+    check_output(Path(out), overwrite=overwrite, needed_bytes=estimate, source=source.folder)
+    with (
+        nullcontext() if learning is None else run_root(run_folder),
+        writing(Path(out), overwrite=overwrite, needed_bytes=estimate, source=source.folder) as folder,
+    ):
         stock = load_model(source, dtype=torch.float32, device=device)
         loaded = LoadedModel.of(stock, adapter_for(stock.config))
-        check_reachable(loaded, settings, planned=wanted_plan is not None)
+        check_reachable(loaded, settings, planned=planned is not None)
+        if learning is not None:
+            check_learnable(loaded, settings, learning, planned=planned is not None)
+        course = _course(source, data or calibration.source, settings, learning, stock, run_folder, stages)
         rows = _rows(source, calibration, settings.seed, stock.config.vocab_size)
         parity = {"split": _parity(stock, loaded, loaded.heads, rows.tokens)}
-        statistics = _statistics(loaded, rows, settings, source, statistics_folder, stages)
-        seconds = {"load and statistics": time.monotonic() - started}
-        training: dict[str, TrainingReport] = {}
-        converted = (
-            convert_heads(loaded, rows.tokens, settings, statistics=statistics, plan=wanted_plan, stages=stages)
-            if learning is None or learning.start == "converted"
-            else None
-        )
-        if learning is not None:
-            course = _course(source, data or calibration.source, settings, learning, stock, run_folder, stages)
-            learned = learn_heads(loaded, settings, learning, course, converted=converted)
-            loaded, converted, training = learned.model, learned.converted, learned.reports
-            for stage in training:
-                shutil.copyfile(run_folder / stage / "metrics.jsonl", folder.metrics(stage))
-        assert converted is not None
+        shared = None
+        if learning is None or learning.start == "converted":
+            statistics = _statistics(loaded, rows, settings, source, statistics_folder, stages)
+            seconds = {"load and statistics": time.monotonic() - started}
+            shared = convert_heads(loaded, rows.tokens, settings, statistics=statistics, plan=planned, stages=stages)
+        else:
+            seconds = {"load": time.monotonic() - started}
+        learned = _learned(loaded, settings, learning, course, shared, folder)
+        loaded, converted = learned.model, learned.converted
         seconds |= {name: value for name, value in converted.seconds.items() if name != "statistics"}
         writing_started = time.monotonic()
         dtype = _stored_dtype(source)
@@ -161,8 +165,6 @@ def convert(
         seconds["write"] = time.monotonic() - writing_started
         seconds["total"] = time.monotonic() - started
         _record(folder, converted, source, settings, parity, seconds, command)
-    if learning is not None:
-        shutil.rmtree(run_folder)
     return Conversion(
         Path(out),
         converted.plan,
@@ -171,7 +173,7 @@ def convert(
         parity,
         seconds,
         peak_memory(),
-        training,
+        learned.reports,
     )
 
 
@@ -237,12 +239,14 @@ def _course(
     source: Source,
     data: str | None,
     settings: Settings,
-    learning: Learning,
+    learning: Learning | None,
     stock: PreTrainedModel,
     run_folder: Path,
     stages: Stages,
-) -> Course:
+) -> Course | None:
     """Where the trained stages run, on what text, and what must be the same for them to be resumed."""
+    if learning is None:
+        return None
     text = training_text(
         data,
         load_tokenizer(source),
@@ -251,13 +255,36 @@ def _course(
         seed=learning.training.seed,
         cache=run_folder,
     )
+    check_text(text, learning)
     recipe = {
-        "model": identify(source.folder, name=source.public_name).model_dump(),
+        "model": identify(source.folder, name=source.public_name).model_dump() | {"sample": _sample_hash(stock)},
         "text": text.digest,
-        "settings": str(settings),
-        "learning": str(learning),
+        "settings": asdict(settings),
+        "learning": asdict(learning),
     }
     return Course(text, Processes(stock.device, settings.precision), run_folder, recipe, stages)
+
+
+def _learned(
+    loaded: LoadedModel,
+    settings: Settings,
+    learning: Learning | None,
+    course: Course | None,
+    shared: Converted | None,
+    folder: OutputFolder,
+) -> Learned:
+    """The trained model, whose curves go into the folder; without training the one with the shared heads."""
+    if learning is None or course is None:
+        assert shared is not None
+        return Learned(loaded, shared, {})
+    started = time.monotonic()
+    learned = learn_heads(loaded, settings, learning, course, converted=shared)
+    for stage in learned.reports:
+        run = course.run(stage)
+        assert run is not None
+        shutil.copyfile(run.metrics, folder.metrics(stage))
+    seconds = learned.converted.seconds | {"training": time.monotonic() - started}
+    return replace(learned, converted=replace(learned.converted, seconds=seconds))
 
 
 def _statistics(

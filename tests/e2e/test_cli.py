@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections import namedtuple
 from contextlib import contextmanager
 
@@ -12,73 +11,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from headfuse import cli, progress
+from command_line import assert_refused
+from headfuse import progress
 from headfuse.evaluation.cache_bytes import measured_cache_bytes
 from headfuse.manifest import Manifest
 from headfuse.planning.plan import HeadPlan
 from pico import logits_of, pico, tokens
+from short_runs import stopping
 from tiny_tokenizer import VOCABULARY, tiny_tokenizer
 
 WEIGHTS = "model.safetensors"
 KEY = "model.layers.1.self_attn.k_proj.weight"
-# The same precision on every machine, and no refit unless a test is about it: later options win.
-TINY = ("--calibration-tokens", "256", "--length", "32", "--refit-steps", "3", "--no-refit", "--precision", "fp32")
 MEASURE = ("--tokens", "128", "--length", "32", "--precision", "fp32")
-Outcome = namedtuple("Outcome", "code out err")
 DiskUsage = namedtuple("DiskUsage", "total used free")
-
-
-@pytest.fixture(scope="module")
-def shared_folder(tmp_path_factory):
-    """The model to convert (fp32, with tokenizer) and a text, made once."""
-    folder = tmp_path_factory.mktemp("cli")
-    pico("llama", vocab_size=VOCABULARY, bos_token_id=0).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    words = ["the", "cat", "that", "the", "hen", "met", "then", "went", "there", "with", "the", "other", "one"]
-    order = torch.randint(len(words), (600,), generator=torch.Generator().manual_seed(0)).tolist()
-    (folder / "text.txt").write_text(
-        "\n\n".join(" ".join(words[i] for i in order[n : n + 60]) for n in range(0, 600, 60))
-    )
-    return folder
-
-
-@pytest.fixture
-def model(shared_folder):
-    return shared_folder / "model"
-
-
-@pytest.fixture
-def text(shared_folder):
-    return shared_folder / "text.txt"
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """`headfuse ARGUMENTS` in this process: exit status, standard output, standard error."""
-    hook = sys.excepthook
-
-    def command(*arguments) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["headfuse", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return Outcome(code, *capsys.readouterr())
-
-    yield command
-    sys.excepthook = hook  # typer sets its own
-
-
-@pytest.fixture
-def convert(run, model, text, tmp_path):
-    """Convert the tiny model to `tmp_path/out` with tiny settings; more options come last and win."""
-
-    def command(*options, source=model, out=tmp_path / "out") -> Outcome:
-        return run("convert", source, out, "--calibration", text, *TINY, *options)
-
-    return command
 
 
 @pytest.fixture
@@ -96,18 +41,6 @@ def edit_weights(folder, edit):
     weights = load_file(folder / WEIGHTS)
     edit(weights)
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
-
-
-def assert_refused(outcome: Outcome, *words: str, quiet: bool = True):
-    """Exit status 2 and one line that says why; `quiet`: before anything else was said."""
-    assert outcome.code == 2
-    lines = outcome.err.splitlines()
-    assert lines[-1].startswith("headfuse: ")
-    assert len(lines) == 1 or not quiet, outcome.err
-    assert sum(line.startswith("headfuse: ") for line in lines) == 1
-    assert outcome.out == ""
-    for word in words:
-        assert word in lines[-1]
 
 
 def assert_nothing_written(tmp_path):
@@ -442,3 +375,86 @@ def test_weights_wider_than_the_configuration_says_are_rounded(convert, damaged,
     stored = load_file(tmp_path / "out" / WEIGHTS)
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     assert json.loads(outcome.out)["kv_bytes_per_token"]["before"] == 2 * 2 * 4 * 8 * 2
+
+
+LEARN = ("--method", "dha", "--kv", "50%", "--tokens", "2k", "--rows", "4", "--row-length", "32", "--repeat")
+DELTA = ("--init", "delta", "--search-share", "0.2", "--fusion-share", "0.3")
+
+
+@pytest.mark.parametrize("options", [(), DELTA, ("--init", "mean-pool", "--target", "gqa", "--fusion-share", "0.2")])
+def test_training_is_a_part_of_the_conversion(convert, tmp_path, options):
+    outcome = convert(*LEARN, *options, "--json")
+    assert outcome.code == 0, outcome.err
+    done, out = json.loads(outcome.out), tmp_path / "out"
+    plan = assert_complete(out, done, "gqa" if "gqa" in options else "dha")
+    assert plan.cached_heads() == 8
+    assert "dha" in (out / "README.md").read_text()
+    assert sum(report["tokens"] for report in done["training"].values()) <= 2048
+    for stage in done["training"]:
+        rows = (out / "headfuse" / f"{stage}.jsonl").read_text().splitlines()
+        assert len(rows) == done["training"][stage]["steps"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert measured_cache_bytes(loaded) == done["kv_bytes_per_token"]["after"]
+
+
+def test_people_see_what_was_trained(convert):
+    outcome = convert(*LEARN)
+    assert outcome.code == 0, outcome.err
+    assert "healing      2,048 tokens, loss " in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--lm-weight", "2"), "lm_weight from 0 to 1"),
+        (("--tokens", "1M", "--no-repeat"), "--repeat"),
+        (("--tokens", "10"), "at least one step"),
+        (("--row-length", "200", "--rows", "1"), "128 positions"),
+        (("--init", "svd"), "closed-form"),
+        (("--search-share", "0.1"), "wanted no search"),
+        ((*DELTA, "--search-share", "0"), "wanted a search"),
+        ((*DELTA, "--search-share", "0.9"), "from 0 to 1 together"),
+        ((*DELTA, "--target", "gqa"), "wanted target dha"),
+        ((*DELTA, "--key-heads", "2"), "numbers of heads"),
+        (("--data", "absent.txt"), "no such file"),
+    ],
+    ids=str,
+)
+def test_training_that_cannot_be_is_refused_in_one_line(convert, tmp_path, options, word):
+    assert_refused(convert(*LEARN, *options), word)
+    assert_nothing_written(tmp_path)
+
+
+def test_a_plan_is_refused_where_a_search_finds_the_groups(convert, tmp_path):
+    assert convert("--kv", "50%", out=tmp_path / "first").code == 0
+    plan = tmp_path / "first" / "headfuse" / "plan.json"
+    assert_refused(convert(*LEARN, *DELTA, "--plan", plan), "no plan")
+    assert_nothing_written(tmp_path)
+    assert convert(*LEARN, "--plan", plan).code == 0
+
+
+def test_keys_that_a_norm_ties_together_are_refused_before_any_work(convert, tmp_path):
+    pico("olmo2", vocab_size=VOCABULARY, bos_token_id=0).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    for options in (DELTA, ("--fusion-share", "0.2")):
+        assert_refused(convert(*LEARN, *options, source=tmp_path / "model"), "key norm over all heads")
+        assert_nothing_written(tmp_path)
+
+
+def test_a_conversion_that_was_interrupted_in_training_is_resumed(convert, tmp_path, monkeypatch):
+    learn = (*LEARN, "--save-every", "5")
+    with monkeypatch.context() as patch:
+        stages = stopping(7, step_tokens=128, name="healing", error=KeyboardInterrupt)
+        patch.setattr(progress, "for_terminal", lambda: stages)
+        outcome = convert(*learn)
+    assert outcome.code == 130
+    assert outcome.err.startswith("headfuse: interrupted; the run is kept in ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.run"]
+    changed = convert(*learn, "--rate", "1e-2")
+    assert_refused(changed, "rate: 0.001 -> 0.01", quiet=False)
+    assert convert(*learn).code == 0
+    assert convert(*learn, out=tmp_path / "whole").code == 0
+    found, wanted = (load_file(tmp_path / name / WEIGHTS) for name in ("out", "whole"))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert not (tmp_path / "out.run").exists()

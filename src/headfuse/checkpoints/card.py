@@ -73,6 +73,12 @@ class ModelCard:
         return text
 
 
+def healed_card(card: str, *, tokens: int, teacher: str | None) -> str:
+    """A rendered card with the line that the model was trained after its conversion; `teacher` by its public name."""
+    against = "the next token alone" if teacher is None else f"the predictions of `{teacher}`"
+    return f"{card.rstrip()}\n\nHealed: all weights were then trained on {tokens:,} tokens towards {against}.\n"
+
+
 def base_licence(folder: Path) -> str | None:
     """The licence of a model folder: `license` in the head of its README.md, else what LICENSE begins with."""
     readme = folder / "README.md"

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from headfuse.errors import TrainingError
+from headfuse.errors import ConfigError, TrainingError
 from headfuse.precision import precision_context
 from headfuse.progress import Stages, silent
 from headfuse.training.batches import Batches
@@ -99,7 +99,8 @@ class _Step(nn.Module):
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         losses = self.objective(self.model, tokens)
-        return losses.total, losses.logged
+        # Copies, as FSDP2 warns of outputs that are views.
+        return losses.total.clone(), {name: value.clone() for name, value in losses.logged.items()}
 
 
 def train(
@@ -115,9 +116,10 @@ def train(
     """Train in place; with a `run` folder, resume from its last checkpoint and write new ones.
 
     Raises TrainingError, naming the step and the last good checkpoint, if a loss is not finite; ConfigError if the run
-    folder holds a run with another recipe.
+    folder holds a run with another recipe, or rows are longer than the model's positions.
     """
     model = trained.model
+    check_length(model.config, options.length)
     operations = flops_per_token(model, options.length) * TRAINING_PASSES
     if trained.teacher is not None:
         operations += flops_per_token(trained.teacher, options.length)
@@ -151,6 +153,15 @@ def train(
         if run is not None and options.save_every and done > run.latest_step():
             run.save(done, step_module, optimizers, here)
     return watch.report(done)
+
+
+def check_length(config: PreTrainedConfig, length: int) -> None:
+    """Raise ConfigError if rows are longer than what a model has positions for."""
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise ConfigError(
+            f"wanted rows of at most the model's {longest} positions, got {length} tokens; choose shorter rows"
+        )
 
 
 @contextmanager

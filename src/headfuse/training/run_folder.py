@@ -1,8 +1,11 @@
 """The folder of a run in progress: its recipe, its metrics, its checkpoints. What a killed run resumes from."""
 
 import json
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,55 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from headfuse.errors import ConfigError
+from headfuse.folder import make_parents
 from headfuse.training.processes import Processes
+
+# What a run writes: packed text, recipe, metrics, checkpoints, and the same once more in a folder for every stage.
+OURS = re.compile(r"(tokens|recipe|metrics)\..*|checkpoints")
+
+
+@contextmanager
+def run_root(root: Path, *, first: bool = True) -> Iterator[None]:
+    """Within the context, the folder of a run of one or more stages. It is removed at the end.
+
+    After an error it is removed too, unless it holds a checkpoint to resume from. The `first` process does all that.
+    Raises ConfigError if the folder cannot be made, or holds anything but a run.
+    """
+    if strange := sorted(path.name for path in root.glob("*") if not _is_ours(path)):
+        raise ConfigError(
+            f"{root}: wanted the folder of a run, or none, got one with {strange[0]}; move it, or choose another output"
+        )
+    made: list[Path] = []
+    try:
+        if first:
+            made = _made(root)
+        yield
+    except BaseException as error:
+        if any(root.rglob("checkpoints/step-*[0-9]")):
+            error.add_note(f"the run is kept in {root}, from where the same command resumes it")
+        elif first:
+            shutil.rmtree(root, ignore_errors=True)
+            for parent in reversed(made):
+                if not any(parent.iterdir()):
+                    parent.rmdir()
+        raise
+    if first:
+        shutil.rmtree(root)
+
+
+def _is_ours(path: Path) -> bool:
+    stage = path.is_dir() and all(OURS.fullmatch(inner.name) for inner in path.iterdir())
+    return stage or OURS.fullmatch(path.name) is not None
+
+
+def _made(root: Path) -> list[Path]:
+    """Create the folder; returns the parents that were not there."""
+    try:
+        made = make_parents(root)
+        root.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{root}: cannot be written ({error.strerror}); choose an output you may write to") from error
+    return made
 
 
 class RunFolder:
@@ -29,10 +80,10 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     def check_recipe(self, training: Mapping[str, Any], here: Processes) -> None:
-        """Store the recipe of a new run; raise ConfigError with the difference if the folder holds another one's."""
-        path, wanted = self.root / "recipe.json", json.loads(json.dumps({**self.recipe, **training}))
-        if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
+        """Store the recipe of a new run; raise ConfigError with the difference if there are checkpoints of another."""
+        path, content = self.root / "recipe.json", json.dumps({**self.recipe, **training}, indent=1, default=str)
+        if path.is_file() and self.latest_step():
+            found, wanted = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(json.loads(content))
             changed = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
             if changed:
                 listed = ", ".join(f"{key}: {found.get(key)!r} -> {wanted.get(key)!r}" for key in changed)
@@ -44,7 +95,7 @@ class RunFolder:
         if here.first:
             self.root.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+            partial.write_text(content + "\n", encoding="utf-8")
             partial.replace(path)
         here.wait()
 
@@ -62,7 +113,8 @@ class RunFolder:
         here.wait()
         model_state, optimizer_state = get_state_dict(module, list(optimizers))
         state = {"model": model_state, "optimizer": optimizer_state}
-        save(state, checkpoint_id=partial, no_dist=here.world == 1)
+        with _quiet_alone():
+            save(state, checkpoint_id=partial, no_dist=here.world == 1)
         here.wait()
         if here.first:
             partial.replace(final)
@@ -77,7 +129,8 @@ class RunFolder:
         if step:
             model_state, optimizer_state = get_state_dict(module, list(optimizers))
             state = {"model": model_state, "optimizer": optimizer_state}
-            load(state, checkpoint_id=self.root / "checkpoints" / f"step-{step:08d}", no_dist=here.world == 1)
+            with _quiet_alone():
+                load(state, checkpoint_id=self.root / "checkpoints" / f"step-{step:08d}", no_dist=here.world == 1)
             set_state_dict(
                 module,
                 list(optimizers),
@@ -88,3 +141,19 @@ class RunFolder:
 
     def _checkpoints(self) -> list[Path]:
         return [path for path in self.root.glob("checkpoints/step-*") if not path.name.endswith(".partial")]
+
+
+@contextmanager
+def _quiet_alone() -> Iterator[None]:
+    """Without the warning that one process saves alone, which is what `no_dist` asks for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+        yield
+
+
+def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested recipe with dotted names, so that a difference is named and not the whole around it."""
+    flat: dict[str, Any] = {}
+    for key, value in recipe.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
