@@ -42,7 +42,7 @@ CALIBRATION, LONG_CALIBRATION = 65_536, 524_288
 BUDGETS = {"0": 0, "41k": 41_000, "206k": 206_000, "1.03M": 1_030_000, "4M": 4_000_000, "16M": 16_000_000}
 LENGTH = 512
 COMPILED_FROM = 10_000_000  # tokens from which compiling pays
-CURVE_POINTS = 100
+CURVE_POINTS = 30
 SPEED_ROWS, SPEED_STEPS = 128, 120
 
 
@@ -214,11 +214,12 @@ def compare_with_base(path: Path) -> None:
 
 def stage_record(report: Any) -> dict[str, Any]:
     """What a row keeps of a stage: speed, last losses, a thinned curve."""
-    stride = max(1, len(report.metrics) // CURVE_POINTS)
+    stride = -(-len(report.metrics) // CURVE_POINTS)
     kept = [row for index, row in enumerate(report.metrics) if index % stride == 0 or index == len(report.metrics) - 1]
-    names = ("tokens", "lm", "kl", "pair_mse", "multiplier", "margin", "key_mean_pool_distance", "key_norm_ratio")
+    names = ("tokens", "lm", "kl", "pair_mse", "multiplier", "key_mean_pool_distance", "key_norm_ratio")
     curve = [{name: round(row[name], 5) for name in names if name in row} for row in kept]
-    return report.as_dict() | {"curve": curve}
+    losses = {name: round(value, 5) for name, value in report.losses.items() if "norm/" not in name}
+    return report.as_dict() | {"losses": losses, "curve": curve}
 
 
 def main_cases(options: argparse.Namespace) -> Iterator[Case]:

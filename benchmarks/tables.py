@@ -1,7 +1,8 @@
-"""Write the README's tables from benchmarks/results/*.json: `python benchmarks/tables.py [--check]`."""
+"""Write the tables of README.md and docs/dha.md from benchmarks/results/*.json: `python benchmarks/tables.py [--check]`."""
 
 import json
 import math
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,28 +13,30 @@ from headfuse.demo import Demonstration
 from headfuse.report.tables import demonstration_table, markdown
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "dha.md")
 RESULTS = Path(__file__).parent / "results"
 
 Row = dict[str, Any]
 
 
 def main() -> None:
-    """Rewrite the marked parts of the README, or with --check fail if they are stale."""
-    text = README.read_text(encoding="utf-8")
-    fresh = render(text)
-    if "--check" in sys.argv:
-        sys.exit("README.md: not what benchmarks/results say; run python benchmarks/tables.py" if fresh != text else 0)
-    README.write_text(fresh, encoding="utf-8")
+    """Rewrite the marked parts of the pages, or with --check fail if they are stale."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        fresh = render(text)
+        if "--check" not in sys.argv:
+            page.write_text(fresh, encoding="utf-8")
+        elif fresh != text:
+            sys.exit(f"{page.name}: not what benchmarks/results says; run python benchmarks/tables.py")
 
 
 def render(text: str) -> str:
     """`text` with every part between `<!-- table NAME -->` and `<!-- end -->` made anew."""
-    rows = json.loads((RESULTS / "training_free.json").read_text(encoding="utf-8"))["rows"]
-    for name, table in TABLES.items():
+    for name, (results, table) in TABLES.items():
         before, start, rest = text.partition(f"<!-- table {name} -->\n")
         if start:
-            text = before + start + table(rows) + "\n" + rest[rest.index("<!-- end -->") :]
+            found = json.loads((RESULTS / results).read_text(encoding="utf-8"))
+            text = before + start + table(found["rows"]) + "\n" + rest[rest.index("<!-- end -->") :]
     return text
 
 
@@ -74,12 +77,12 @@ def _heads(row: Row) -> str:
     return " + ".join(map(str, pairs.pop())) if len(pairs) == 1 else "by layer"
 
 
-def demo(_rows: Sequence[Row]) -> str:
+def demo(rows: Sequence[Row]) -> str:
     """What `headfuse demo` printed, from its --json output."""
     found = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
     shown = Demonstration(
         found["kv_bytes_per_token"],
-        [Result(**row) for row in found["rows"]],
+        [Result(**row) for row in rows],
         found["prompt"],
         found["before"],
         found["after"],
@@ -92,7 +95,60 @@ def _way(row: Row) -> str:
     return way + ", adaptive budget" * (row["budget"] == "adaptive") + ", **refit**" * row["refit"]
 
 
-TABLES = {"reference": reference, "smollm2": smollm2, "demo": demo}
+def tokens(rows: Sequence[Row]) -> str:
+    """Delta CE at 25% by way and by tokens looked at, all stages together; mean and spread over seeds."""
+    chosen = [row for row in rows if row["table"] == "main" and row["kv"] == "25%"]
+    budgets = sorted({(row["tokens"], row["budget"]) for row in chosen})
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in chosen:
+        found.setdefault(_trained_way(row), {}).setdefault(row["budget"], []).append(row["delta_ce"])
+    return markdown(
+        ["tokens", *("conversion alone" if name == "0" else name for _, name in budgets)],
+        [[way, *(_mean(cells.get(name, [])) for _, name in budgets)] for way, cells in found.items()],
+    )
+
+
+def trained(rows: Sequence[Row]) -> str:
+    """Delta CE before and after a million tokens by way and cache, seed 0."""
+    chosen = [row for row in rows if row["table"] == "main" and row["seed"] == 0 and row["budget"] in ("0", "1.03M")]
+    columns = [(kv, budget) for kv in ("50%", "25%", "12.5%") for budget in ("0", "1.03M")]
+    found: dict[str, dict[tuple[str, str], str]] = {}
+    for row in chosen:
+        found.setdefault(_trained_way(row), {})[row["kv"], row["budget"]] = f"{row['delta_ce']:+.3f}"
+    ways = {way: cells for way, cells in found.items() if len(cells) > 1}
+    return markdown(
+        ["cache left, tokens", *(f"{kv}, {budget}" for kv, budget in columns)],
+        [[way, *(cells.get(column, "") for column in columns)] for way, cells in ways.items()],
+    )
+
+
+def ablation(rows: Sequence[Row]) -> str:
+    """DHA as in the paper with one thing changed, at 25% and 1.03M tokens."""
+    chosen = [row for row in rows if row["table"] in ("ablation", "grouping", "fusion-share")]
+    return markdown(
+        ["table", "variant", "delta CE"], [[row["table"], row["method"], f"{row['delta_ce']:+.3f}"] for row in chosen]
+    )
+
+
+def _trained_way(row: Row) -> str:
+    return f"{row['method']}{', next-token loss' if row['lm_weight'] == 1 else ''}"
+
+
+def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):+.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
+TABLES = {
+    "reference": ("training_free.json", reference),
+    "smollm2": ("training_free.json", smollm2),
+    "demo": ("demo.json", demo),
+    "tokens": ("dha.json", tokens),
+    "trained": ("dha.json", trained),
+    "ablation": ("dha.json", ablation),
+}
 
 if __name__ == "__main__":
     main()

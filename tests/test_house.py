@@ -70,11 +70,13 @@ def test_the_licence_is_there():
     assert "Version 2.0, January 2004" in (ROOT / PROJECT["project"]["license-files"][0]).read_text("utf-8")
 
 
-def test_the_tables_of_the_readme_are_those_of_the_results():
+def test_tables_are_those_of_the_results():
     specification = spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
     assert specification is not None
     assert specification.loader is not None
     tables = module_from_spec(specification)
     specification.loader.exec_module(tables)
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert tables.render(readme) == readme
+    for page in tables.PAGES:
+        text = page.read_text("utf-8")
+        assert "<!-- table" in text
+        assert tables.render(text) == text

@@ -1,5 +1,6 @@
 """The command line: parse, call one stage, print. Results go to standard output, progress to standard error."""
 
+import difflib
 import json
 import sys
 from enum import StrEnum
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 
 from headfuse.errors import ConfigError, HeadfuseError
 from headfuse.precision import Precision
@@ -74,13 +76,41 @@ Data = Annotated[str | None, typer.Option(help="Training text, as --calibration;
 TrainingTokens = Annotated[str, typer.Option(help="Training tokens, all stages together: 206k, 1M, 0.25B.")]
 Rows = Annotated[int | None, typer.Option(help="Rows of a training step; default: about 128 steps.", min=1)]
 RowLength = Annotated[int, typer.Option(help="Tokens in a training row.", min=2)]
-Rate = Annotated[float | None, typer.Option(help="Peak learning rate of the weights.")]
+Rate = Annotated[
+    float | None, typer.Option(help="Peak learning rate; default: 1e-4 behind a refit, more for worse starts.")
+]
 MicroRows = Annotated[int | None, typer.Option(help="Rows in memory at once on each device.", min=1)]
 LmWeight = Annotated[float, typer.Option(help="Share of next-token loss; the rest distils from the original.")]
 Repeat = Annotated[bool, typer.Option(help="Go over the training text again if it is short.")]
 Compiled = Annotated[bool, typer.Option("--compile", help="Compile the blocks (torch.compile).")]
 Recompute = Annotated[bool, typer.Option(help="Recompute activations in the backward pass to save memory.")]
 SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)]
+
+
+def _recipe(context: typer.Context, path: Path | None) -> None:
+    """Take the options of a command from a YAML file; those on the command line win."""
+    if path is None:
+        return
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: wanted a recipe, got {error}; give a YAML file of options") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: wanted options and their values, got {type(content).__name__}; write 'kv: 25%'")
+    known = {option.removeprefix("--"): p.name for p in context.command.params for option in p.opts}
+    for name in content:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            raise ConfigError(
+                f"{path}: no option {name!r}; " + (f"did you mean {near[0]!r}?" if near else "see --help")
+            )
+    context.default_map = {known[name]: value for name, value in content.items()}
+
+
+Recipe = Annotated[
+    Path | None,
+    typer.Option(help="YAML file of options, one a line.", callback=_recipe, is_eager=True, expose_value=False),
+]
 
 
 def main() -> None:
@@ -121,6 +151,7 @@ def convert(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to create.")],
     *,
+    recipe: Recipe = None,  # noqa: ARG001  it fills the options below
     method: Annotated[
         str, typer.Option(help="closed-form, procrustes or mean-pool; dha: closed-form, then trained.")
     ] = "closed-form",
@@ -152,7 +183,7 @@ def convert(
     ] = None,
     lm_weight: LmWeight = 0.0,
     rate: Rate = None,
-    update: Annotated[Update, typer.Option(help="dha: how matrices are moved.")] = Update.muon,
+    update: Annotated[Update, typer.Option(help="dha: how matrices are moved.")] = Update.adamw,
     rows: Rows = None,
     row_length: RowLength = 512,
     micro_rows: MicroRows = None,
@@ -182,25 +213,9 @@ def convert(
     from headfuse.sharing.methods import SharingOptions, method_named
     from headfuse.sharing.refit import RefitOptions
 
-    learning = None
-    if method == "dha":
-        from headfuse.learning import learning_for
-
-        training = _training(
-            _count(tokens),
-            rows,
-            row_length,
-            rate,
-            update,
-            micro_rows=micro_rows,
-            repeat=repeat,
-            compiled=compiled,
-            checkpoint_activations=recompute,
-            save_every=save_every,
-            seed=seed,
-        )
-        start = "original" if init == "delta" else "converted"
-        learning = learning_for(start, training, search_share, fusion_share, lm_weight)
+    trained = method == "dha"
+    start = "original" if init == "delta" else "converted"
+    if trained:
         method = "closed-form" if init == "delta" else init
     method_named(method)
     settings = Settings(
@@ -214,6 +229,24 @@ def convert(
         refit=RefitOptions(steps=refit_steps) if refit else None,
         seed=seed,
     )
+    learning = None
+    if trained:
+        from headfuse.learning import learning_for, rate_for
+
+        training = _training(
+            _count(tokens),
+            rows,
+            row_length,
+            rate_for(settings, start=start) if rate is None else rate,
+            update,
+            micro_rows=micro_rows,
+            repeat=repeat,
+            compiled=compiled,
+            checkpoint_activations=recompute,
+            save_every=save_every,
+            seed=seed,
+        )
+        learning = learning_for(start, training, search_share, fusion_share, lm_weight)
     done = run(
         model,
         out,
@@ -237,6 +270,7 @@ def heal(
     converted: Annotated[str, typer.Argument(help="The folder of a conversion.")],
     out: Annotated[Path, typer.Argument(help="The folder to create.")],
     *,
+    recipe: Recipe = None,  # noqa: ARG001  it fills the options below
     teacher: Annotated[
         str | None, typer.Option(help="The original model, to distil from; default: next-token loss alone.")
     ] = None,
@@ -244,7 +278,7 @@ def heal(
     tokens: TrainingTokens = "1M",
     lm_weight: LmWeight = 0.0,
     rate: Rate = None,
-    update: Annotated[Update, typer.Option(help="How matrices are moved.")] = Update.muon,
+    update: Annotated[Update, typer.Option(help="How matrices are moved.")] = Update.adamw,
     rows: Rows = None,
     row_length: RowLength = 512,
     micro_rows: MicroRows = None,
@@ -260,6 +294,7 @@ def heal(
     as_json: Json = False,
 ) -> None:
     """Train CONVERTED against its original into OUT; killed, the same command resumes. Many GPUs: under torchrun."""
+    from headfuse.healing import HEALING
     from headfuse.healing import heal as work
     from headfuse.placement import Placement
     from headfuse.progress import for_terminal
@@ -269,7 +304,7 @@ def heal(
         _count(tokens),
         rows,
         row_length,
-        rate,
+        HEALING.rate if rate is None else rate,
         update,
         micro_rows=micro_rows,
         repeat=repeat,
@@ -392,16 +427,16 @@ def demo(*, seed: Seed = 0, device: Device = None, as_json: Json = False) -> Non
 
 
 def _training(
-    tokens: int, rows: int | None, length: int, rate: float | None, update: Update, **options: Any
+    tokens: int, rows: int | None, length: int, rate: float, update: Update, **options: Any
 ) -> "TrainingOptions":
     """Training options with the defaults that depend on others."""
-    from headfuse.training.options import RATES, TrainingOptions, rows_for
+    from headfuse.training.options import TrainingOptions, rows_for
 
     return TrainingOptions(
         tokens=tokens,
         rows=rows or rows_for(tokens, length),
         length=length,
-        rate=RATES[update.value] if rate is None else rate,
+        rate=rate,
         update=update.value,
         **options,
     )

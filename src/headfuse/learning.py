@@ -146,6 +146,18 @@ PAPER = Learning(
 )
 
 
+def rate_for(settings: Settings, *, start: Start) -> float:
+    """The peak learning rate of the weights that did best on the 30M reference (LOG.md).
+
+    The further from the original the training starts, the larger it is.
+    """
+    if start == "original":
+        return 3e-4
+    if settings.refit is not None:
+        return 1e-4
+    return {"mean-pool": 1e-3, "procrustes": 5e-4}.get(settings.method, 3e-4)
+
+
 def learning_for(
     start: Start,
     training: TrainingOptions,

@@ -8,8 +8,6 @@ from headfuse.errors import ConfigError
 
 Update = Literal["adamw", "muon"]
 
-# Peak rates that did well on the 30M reference (LOG.md); Muon's steps are scaled to the size of AdamW's.
-RATES: dict[Update, float] = {"adamw": 3e-4, "muon": 1e-3}
 STEPS = 128
 LARGEST_STEP = 32_768
 
@@ -27,7 +25,7 @@ class TrainingOptions:
     tokens: int = 1_000_000
     rows: int = 16
     length: int = 512
-    rate: float = 3e-4
+    rate: float = 1e-4
     warmup: float = 0.05
     final: float = 0.1
     update: Update = "adamw"

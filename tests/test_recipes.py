@@ -1,0 +1,52 @@
+"""Every recipe is a command line that parses."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from headfuse.cli import app
+from headfuse.errors import ConfigError
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+def context(recipe, *arguments, command="convert"):
+    found = get_command(app).commands[command]
+    return found.make_context(command, ["MODEL", "OUT", "--recipe", str(recipe), *arguments])
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_of_ours_parses_and_the_command_line_wins(recipe):
+    assert context(recipe).params["kv"] == "25%"
+    assert context(recipe, "--kv", "50%").params["kv"] == "50%"
+
+
+def test_values_have_the_types_of_the_options(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("refit: false\ntarget: gqa\nrate: 1e-3\nrow-length: 64\ntokens: 206k\n")
+    found = context(recipe).params
+    assert (found["refit"], found["target"].value, found["rate"], found["row_length"]) == (False, "gqa", 1e-3, 64)
+    assert found["tokens"] == "206k"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("kvv: 25%", "did you mean 'kv'"),
+        ("zzzzzz: 1", "see --help"),
+        ("- kv", "wanted options and their values, got list"),
+        ("kv: [", "wanted a recipe, got"),
+    ],
+)
+def test_what_is_no_recipe_is_one_line(tmp_path, content, message):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(content)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        context(recipe)
+
+
+def test_an_absent_recipe_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: wanted a recipe"):
+        context(tmp_path / "absent.yaml")
