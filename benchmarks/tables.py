@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/dha.md from benchmarks/results/*.json: `python benchmarks/tables.py [--check]`."""
+"""Write the tables of README.md and docs/dha.md from benchmarks/results: `python benchmarks/tables.py [--check]`."""
 
 import json
 import math

@@ -277,6 +277,9 @@ def heal(
     data: Data = None,
     tokens: TrainingTokens = "1M",
     lm_weight: LmWeight = 0.0,
+    teacher_top_k: Annotated[
+        int | None, typer.Option(help="Keep the teacher's likeliest tokens on disk: it need not fit beside.", min=1)
+    ] = None,
     rate: Rate = None,
     update: Annotated[Update, typer.Option(help="How matrices are moved.")] = Update.adamw,
     rows: Rows = None,
@@ -320,6 +323,7 @@ def heal(
         data=data,
         options=options,
         lm_weight=lm_weight,
+        teacher_top_k=teacher_top_k,
         run_folder=run,
         placement=Placement(device, precision),
         overwrite=overwrite,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from headfuse.checkpoints.assembly import decoder_layers
 from headfuse.checkpoints.card import healed_card
@@ -28,11 +28,11 @@ from headfuse.placement import Placement
 from headfuse.progress import Stages, silent
 from headfuse.training.batches import Batches, TrainingText, training_text
 from headfuse.training.loop import Trained, TrainingReport, check_length, train
-from headfuse.training.objectives import check_lm_weight, check_teacher, objective
+from headfuse.training.objectives import Objective, check_lm_weight, check_teacher, objective
 from headfuse.training.options import TrainingOptions
 from headfuse.training.processes import Processes, processes
 from headfuse.training.run_folder import RunFolder, run_root
-from headfuse.training.teacher_cache import fingerprint
+from headfuse.training.teacher_cache import TopKDistillation, fingerprint, top_k_teacher
 
 # The rate that did best behind a refit on the 30M reference (LOG.md).
 HEALING = TrainingOptions(rate=1e-4)
@@ -59,23 +59,19 @@ class Healing:
 
 def heal_model(
     student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    text: TrainingText,
+    minimised: Objective,
+    batches: Batches,
     options: TrainingOptions,
     here: Processes,
     *,
-    lm_weight: float = 0.0,
+    teacher: PreTrainedModel | None = None,
     run: RunFolder | None = None,
     stages: Stages = silent,
 ) -> TrainingReport:
-    """Train all weights of `student` in place. Raises what `train` and `Batches` raise."""
-    batches = Batches(
-        text, rows=options.rows, length=options.length, steps=options.steps, seed=options.seed, repeat=options.repeat
-    )
+    """Train all weights of `student` in place. `teacher` is the one in the objective. Raises what `train` raises."""
     for module in student.modules():
         if isinstance(module, DecoupledAttention):
             module.place_maps()
-    minimised = objective(teacher, lm_weight, compiled=options.compiled)
     teaching = () if teacher is None else list(_blocks(teacher))
     trained = Trained(student, _blocks(student), minimised, teacher=teacher, teacher_blocks=teaching)
     return train(trained, batches, options, here, run=run, name="healing", stages=stages)
@@ -93,6 +89,7 @@ def heal(
     data: str | None = None,
     options: TrainingOptions = HEALING,
     lm_weight: float = 0.0,
+    teacher_top_k: int | None = None,
     run_folder: Path | None = None,
     placement: Placement | None = None,
     overwrite: bool = False,
@@ -101,6 +98,8 @@ def heal(
 ) -> Healing | None:
     """Train the folder `converted` against `teacher` (None: on the text alone) into the new folder `out`.
 
+    With `teacher_top_k` the teacher runs over the text first, its likeliest tokens are kept on disk in the folder of
+    the run, and it leaves the device before the student comes: for a teacher that does not fit beside it.
     The run lives in `run_folder` (by default OUT with `.run` behind it), from which the same command resumes after
     whatever ended it. It is removed at the end, and after an error that came before the first checkpoint. Under
     torchrun all processes share the work (FSDP2), and only the first returns a report.
@@ -118,23 +117,22 @@ def heal(
         if here.first:
             _check_folders(out, root, source, overwrite=overwrite, **space)
         with run_root(root, first=here.first):
+            config, watching = load_config(source.folder), stages if here.first else silent
+            check_length(config, options.length)
+            guide, identity = _teacher(teacher, config, here)
+            text = _text(source, data, options, config.vocab_size, root, here)
+            batches = Batches.of(text, options)
+            if guide is not None and teacher_top_k is not None:
+                minimised = _recorded(guide, batches, root / "teacher", here, teacher_top_k, lm_weight, watching)
+                guide = None
+            else:
+                minimised = objective(guide, lm_weight, compiled=options.compiled)
             student = load_model(source, dtype=torch.float32, device=here.device)
-            check_length(student.config, options.length)
-            guide, identity = _teacher(teacher, student, here)
-            text = _text(source, data, options, student.config.vocab_size, root, here)
             model = _identity(source) | {"sample": fingerprint(student)}
-            run = RunFolder(root, {"model": model, "teacher": identity, "text": text.digest, "lm_weight": lm_weight})
+            recipe = {"model": model, "teacher": identity, "text": text.digest, "lm_weight": lm_weight}
+            run = RunFolder(root, recipe | {"teacher_top_k": teacher_top_k})
             seconds = {"load": time.monotonic() - started}
-            report = heal_model(
-                student,
-                guide,
-                text,
-                options,
-                here,
-                lm_weight=lm_weight,
-                run=run,
-                stages=stages if here.first else silent,
-            )
+            report = heal_model(student, minimised, batches, options, here, teacher=guide, run=run, stages=watching)
             seconds["training"] = time.monotonic() - started - seconds["load"]
             state = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
             if here.first:
@@ -162,29 +160,44 @@ def _check_folders(out: Path, root: Path, source: Source, *, overwrite: bool, ne
 
 
 def _teacher(
-    name: str | Path | None, student: PreTrainedModel, here: Processes
+    name: str | Path | None, student: PreTrainedConfig, here: Processes
 ) -> tuple[PreTrainedModel | None, dict[str, Any] | None]:
     """The teacher in the precision that it computes in, and which one it is."""
     if name is None:
         return None, None
     source = locate(str(name))
     check_weights(source.folder)
-    check_teacher(student.config, load_config(source.folder))
+    check_teacher(student, load_config(source.folder))
     dtype = torch.bfloat16 if here.precision == "bf16" else torch.float32
     return load_model(source, dtype=dtype, device=here.device), _identity(source)
+
+
+def _recorded(
+    teacher: PreTrainedModel,
+    batches: Batches,
+    folder: Path,
+    here: Processes,
+    k: int,
+    lm_weight: float,
+    stages: Stages,
+) -> TopKDistillation:
+    """The objective of a teacher that has said all it has to say, and is gone from the device."""
+    top_k_teacher(teacher, batches, folder, here, k=k, stages=stages)
+    teacher.cpu()
+    here.wait()
+    return TopKDistillation(folder, lm_weight=lm_weight)
 
 
 def _text(
     source: Source, data: str | None, options: TrainingOptions, vocabulary: int, root: Path, here: Processes
 ) -> TrainingText:
     """The training text, packed by the first process and then read by all."""
-    wanted = 1 if options.repeat else options.steps * options.step_tokens
 
     def read() -> TrainingText:
         return training_text(
             data,
             load_tokenizer(source),
-            num_tokens=wanted,
+            num_tokens=options.steps * options.step_tokens,
             vocab_size=vocabulary,
             seed=options.seed,
             cache=root,

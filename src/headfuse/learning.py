@@ -292,8 +292,7 @@ def _check_counts(counts: Sequence[int], loaded: LoadedModel, settings: Settings
 
 def check_text(text: TrainingText, learning: Learning) -> None:
     """Raise TextError, before any work, if the text is shorter than the budget and may not repeat."""
-    training = learning.training
-    Batches(text, rows=training.rows, length=training.length, steps=training.steps, seed=0, repeat=training.repeat)
+    Batches.of(text, learning.training)
 
 
 class _Run:
@@ -465,15 +464,9 @@ class _Run:
         return Trained(self.student.model, self._blocks(), minimised, own_groups=groups, **options)
 
     def _train(self, trained: Trained, options: TrainingOptions, stage: str) -> None:
-        course, seed = self.course, options.seed + len(self.reports)  # no stage repeats another's order of the text
-        batches = Batches(
-            course.text,
-            rows=options.rows,
-            length=options.length,
-            steps=options.steps,
-            seed=seed,
-            repeat=options.repeat,
-        )
+        course = self.course
+        # No stage repeats another's order of the text.
+        batches = Batches.of(course.text, replace(options, seed=options.seed + len(self.reports)))
         report = train(trained, batches, options, course.here, run=course.run(stage), name=stage, stages=course.stages)
         self.reports[stage] = report
         self.tokens_left -= report.tokens

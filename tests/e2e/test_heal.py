@@ -63,7 +63,7 @@ def whole(shared_folder, converted):
     """The uninterrupted run, one process."""
     out = shared_folder / "whole"
     tokens = {"tokens": STEPS * ROWS * LENGTH, "rows": ROWS, "length": LENGTH}
-    options = headfuse.TrainingOptions(**tokens, rate=1e-2, update="muon", save_every=4)
+    options = headfuse.TrainingOptions(**tokens, rate=1e-2, save_every=4)
     placement, teacher = headfuse.Placement("cpu", "fp32"), shared_folder / "model"
     data = str(shared_folder / "ids.npy")
     headfuse.heal(converted, out, teacher=teacher, data=data, options=options, placement=placement)
@@ -115,6 +115,12 @@ def test_the_card_says_on_what_a_model_was_healed(heal, converted, model, ids, r
     assert str(model) not in card
     assert run("heal", converted, tmp_path / "alone", "--data", ids, *TRAIN).code == 0
     assert (tmp_path / "alone" / "README.md").read_text().endswith("towards the next token alone.\n")
+
+
+def test_a_teacher_s_likeliest_tokens_heal_like_the_teacher_and_leave_no_folder(heal, whole, tmp_path):
+    done = json.loads(heal("--teacher-top-k", str(VOCABULARY), "--json").out)
+    assert done["training"]["losses"]["kl_top_k"] == pytest.approx(losses(whole)[-1], rel=1e-2)
+    assert [path.name for path in tmp_path.iterdir()] == ["healed"]
 
 
 def test_people_get_a_table(heal):

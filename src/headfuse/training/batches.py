@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from headfuse.errors import ConfigError, TextError
 from headfuse.text.rows import BUILTIN, check_range, existing_file, source_documents, tokenize_documents
 from headfuse.text.token_files import SUFFIXES, Stream, read_streams
+from headfuse.training.options import TrainingOptions
 
 # The largest vocabulary whose ids fit in uint16.
 SMALL_VOCABULARY = 2**16
@@ -122,6 +123,18 @@ class Batches:
             else:
                 remedy = "give more text, lower the budget, or go over it again with --repeat"
             raise TextError(f"{self.text.name}: wanted {needs}, got {self.text.tokens.size}; {remedy}")
+
+    @classmethod
+    def of(cls, text: TrainingText, options: TrainingOptions) -> "Batches":
+        """The batches of a run."""
+        return cls(
+            text,
+            rows=options.rows,
+            length=options.length,
+            steps=options.steps,
+            seed=options.seed,
+            repeat=options.repeat,
+        )
 
     @property
     def windows(self) -> int:

@@ -20,7 +20,7 @@ from headfuse.folder import make_parents
 from headfuse.training.processes import Processes
 
 # What a run writes: packed text, recipe, metrics, checkpoints, and the same once more in a folder for every stage.
-OURS = re.compile(r"(tokens|recipe|metrics)\..*|checkpoints")
+OURS = re.compile(r"(tokens|recipe|metrics|teacher)\..*|checkpoints|step-.*\.(safetensors|partial-\d+)")
 
 
 @contextmanager
