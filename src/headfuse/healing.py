@@ -112,7 +112,7 @@ def heal(
     check_lm_weight(lm_weight)
     source = locate(str(converted))
     check_weights(source.folder)
-    space = {"needed_bytes": sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))}
+    space = {"needed_bytes": source.weight_bytes}
     with processes(device, precision) as here:
         if here.first:
             _check_folders(out, root, source, overwrite=overwrite, **space)

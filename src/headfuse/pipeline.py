@@ -133,11 +133,10 @@ def convert(
     if planned is not None:
         settings = replace(settings, target=planned.target)
     run_folder = Path(out).with_name(Path(out).name + ".run")
-    estimate = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
-    check_output(Path(out), overwrite=overwrite, needed_bytes=estimate, source=source.folder)
+    check_output(Path(out), overwrite=overwrite, needed_bytes=source.weight_bytes, source=source.folder)
     with (
         nullcontext() if learning is None else run_root(run_folder),
-        writing(Path(out), overwrite=overwrite, needed_bytes=estimate, source=source.folder) as folder,
+        writing(Path(out), overwrite=overwrite, needed_bytes=source.weight_bytes, source=source.folder) as folder,
     ):
         stock = load_model(source, dtype=torch.float32, device=device)
         loaded = LoadedModel.of(stock, adapter_for(stock.config))

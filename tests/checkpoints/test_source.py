@@ -14,7 +14,7 @@ from huggingface_hub import errors
 
 from headfuse.checkpoints import smollm2
 from headfuse.checkpoints.loading import load_model, load_tokenizer
-from headfuse.checkpoints.source import locate
+from headfuse.checkpoints.source import Source, locate
 from headfuse.checkpoints.validation import check_checkpoint
 from headfuse.errors import CheckpointError, ConfigError
 from pico import pico
@@ -240,3 +240,12 @@ def test_smollm2_converts_loads_and_answers(tmp_path_factory, monkeypatch):
     with torch.no_grad():
         answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
     assert tokenizer.decode(answer[0]).endswith(" Paris")
+
+
+def test_weight_files_are_counted_and_pickles_where_there_is_nothing_else(tmp_path):
+    for name, size in (("pytorch_model.bin", 7), ("a.safetensors", 3), ("b.safetensors", 2)):
+        (tmp_path / name).write_bytes(b"0" * size)
+    assert Source("m", tmp_path).weight_bytes == 5
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+    assert Source("m", tmp_path).weight_bytes == 7

@@ -16,7 +16,7 @@ from headfuse.checkpoints.loading import load_model, load_tokenizer
 from headfuse.checkpoints.registry import adapter_for
 from headfuse.checkpoints.source import Source, locate
 from headfuse.checkpoints.validation import check_checkpoint, check_weights
-from headfuse.checkpoints.write import stored_bytes, write_checkpoint
+from headfuse.checkpoints.write import write_checkpoint
 from headfuse.errors import ConfigError
 from headfuse.folder import writing
 from pico import every_family, logits_of, pico, shared, tokens
@@ -92,14 +92,9 @@ def test_views_are_stored_without_the_storage_behind_them(tmp_path):
     (tmp_path / "out").mkdir()
     write_checkpoint(tmp_path / "out", state, model.config, source=tmp_path, dtype=torch.float32)
     written = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert stored_bytes(state, torch.float32) < written < stored_bytes(state, torch.float32) + 10_000
+    numbers = sum(tensor.numel() for tensor in state.values())
+    assert 4 * numbers < written < 4 * numbers + 10_000
     assert torch.equal(logits_of(load_model(tmp_path / "out"), tokens(2, 7)), logits_of(model, tokens(2, 7)))
-
-
-def test_the_estimate_counts_tied_tensors_once_and_the_stored_dtype(tmp_path):
-    model = pico("llama", tie_word_embeddings=True)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    assert stored_bytes(model.state_dict(), torch.bfloat16) == 2 * count
 
 
 def test_integer_tensors_keep_their_type(tmp_path):

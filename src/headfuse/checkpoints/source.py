@@ -48,6 +48,12 @@ class Source:
         """The name to publish: never a path of this machine, only its last part."""
         return self.folder.resolve().name if self.kind == "folder" else self.name
 
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weight files: safetensors, or pickles where there are none."""
+        files = [*self.folder.glob("*.safetensors")] or [*self.folder.glob("*.bin")]
+        return sum(file.stat().st_size for file in files)
+
 
 def locate(model: str, *, allow_pickle: bool = False) -> Source:
     """Find `model` on this machine, downloading it from the Hub if it is an id.

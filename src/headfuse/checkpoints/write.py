@@ -72,12 +72,6 @@ def copy_companions(source: Path, folder: Path) -> None:
         shutil.copytree(templates, folder / templates.name, copy_function=shutil.copyfile, dirs_exist_ok=True)
 
 
-def stored_bytes(state: Mapping[str, Tensor], dtype: torch.dtype) -> int:
-    """What `write_checkpoint` will write for these tensors, in bytes: the estimate that `writing` asks for."""
-    distinct = {_identity(tensor): tensor for tensor in state.values()}
-    return sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.element_size()) for t in distinct.values())
-
-
 def _stored(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors as they are stored: cast, contiguous, with a storage of their own, shared ones still shared."""
     done: dict[tuple[Any, ...], Tensor] = {}
