@@ -16,9 +16,9 @@ from headfuse.checkpoints.source import Source
 from headfuse.errors import UnsupportedArchitectureError
 from headfuse.models.dha.decoupled_attention import AttentionShape
 
-Method = Literal["mean-pool", "procrustes", "closed-form"]
+Method = Literal["mean-pool", "procrustes", "closed-form", "dha"]
 Target = Literal["gqa", "dha"]
-METHODS: tuple[Method, ...] = ("mean-pool", "procrustes", "closed-form")
+METHODS: tuple[Method, ...] = ("mean-pool", "procrustes", "closed-form", "dha")
 TARGETS: tuple[Target, ...] = ("gqa", "dha")
 PERCENTS = (50.0, 25.0, 12.5)
 # Written once more in the file where the embedding is tied.
@@ -198,7 +198,9 @@ def _caveat(method: Method, adapter: Adapter, shape: AttentionShape) -> str | No
         notes.append(
             "the projections' outputs are clipped, which a folded transform moves: approximate where clipping bites"
         )
-    if not adapter.adds_to_stream and method == "closed-form":
+    if method == "dha" and shape.qk_norm == "all":
+        notes.append("no fusion (--init delta, --fusion-share): keys behind a norm over all heads do not fold")
+    if not adapter.adds_to_stream and method in ("closed-form", "dha"):
         notes.append("a norm follows the attention, so the error that is minimised is the one before that norm")
     return "; ".join(notes) or None
 
