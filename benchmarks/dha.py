@@ -92,6 +92,9 @@ GROUPINGS = {
     "annealed L_head": replace(PAPER, layer_budget="uniform"),
     "Algorithm 4 as printed": replace(PAPER, layer_budget="uniform", grouping="printed"),
     "CKA": replace(PAPER, layer_budget="uniform", grouping="cka"),
+    "closed-form prices": replace(
+        PAPER, layer_budget="uniform", grouping="closed-form", search_share=0.0, fusion_share=0.25
+    ),
     "contiguous": replace(PAPER, layer_budget="uniform", grouping="contiguous", search_share=0.0, fusion_share=0.25),
 }
 
@@ -136,7 +139,9 @@ class Bench:
         started = time.monotonic()
         calibrating, tokens = case.way.spends(BUDGETS[case.budget]), BUDGETS[case.budget]
         settings = replace(case.way.settings, share=parse_budget(case.kv), seed=case.seed, precision=self.precision)
-        converted = self.converted(settings, calibrating) if case.way.learning.start == "converted" else None
+        learned_from = case.way.learning
+        needed = learned_from.start == "converted" or learned_from.grouping == "closed-form"
+        converted = self.converted(settings, calibrating or CALIBRATION) if needed else None
         shared = time.monotonic()
         trained = max(0, tokens - calibrating)
         learning = self.learning(case, trained)

@@ -64,7 +64,8 @@ def course(root=None, size=BUDGET + 1, **fields) -> Course:
 
 def learn(learning, settings=HALF, loaded=None, *, where=None):
     loaded = loaded or opened()
-    converted = convert_heads(loaded, tokens(4, 32), settings) if learning.start == "converted" else None
+    needed = learning.start == "converted" or learning.grouping == "closed-form"
+    converted = convert_heads(loaded, tokens(4, 32), settings) if needed else None
     return learn_heads(loaded, settings, learning, where or course(), converted=converted)
 
 
@@ -127,6 +128,7 @@ ROUTES = {
     "printed": replace(SEARCHED, grouping="printed"),
     "cka": replace(SEARCHED, grouping="cka", search_share=0.0),
     "contiguous": replace(SEARCHED, grouping="contiguous", search_share=0.0),
+    "closed-form": replace(SEARCHED, grouping="closed-form", search_share=0.0),
     "contiguous, greedy": replace(SEARCHED, grouping="contiguous", layer_budget="greedy"),
     "greedy": replace(SEARCHED, layer_budget="greedy"),
     "knapsack": replace(SEARCHED, layer_budget="knapsack"),
@@ -179,6 +181,15 @@ def test_a_grouped_query_model_is_fused_further():
     learned = learn(SEARCHED, loaded=opened(num_key_value_heads=2))
     assert counts(learned) == [(1, 1), (1, 1)]
     assert learned.converted.plan.layers[0].key_map == (0, 0, 0, 0)
+
+
+def test_fusion_takes_the_groups_of_a_conversion():
+    loaded = opened()
+    converted = convert_heads(loaded, tokens(4, 32), HALF)
+    learned = learn_heads(loaded, HALF, ROUTES["closed-form"], course(), converted=converted)
+    maps = [(layer.key_map, layer.value_map) for layer in learned.converted.heads]
+    assert maps == [(layer.key_map, layer.value_map) for layer in converted.plan.layers]
+    assert list(learned.reports) == ["fusion", "healing"]
 
 
 def test_a_converted_gqa_model_stays_one():

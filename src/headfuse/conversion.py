@@ -181,7 +181,7 @@ def _groups(
     stages: Stages,
 ) -> list[HeadGroups]:
     if plan is not None:
-        return _groups_of_plan(plan, layers)
+        return groups_of_plan(plan, loaded.heads)
     sources = [layer.counts for layer in layers]
     counts = _uniform(sources, loaded.heads[0].num_query_heads, settings)
     if settings.budget == "adaptive":
@@ -197,16 +197,16 @@ def _groups(
     return groups
 
 
-def _groups_of_plan(plan: HeadPlan, layers: Sequence[SourceLayer]) -> list[HeadGroups]:
-    """The groups of source heads that a plan's maps imply."""
-    if len(plan.layers) != len(layers) or plan.num_query_heads != layers[0].heads.num_query_heads:
+def groups_of_plan(plan: HeadPlan, layers: Sequence[AttentionHeads]) -> list[HeadGroups]:
+    """The groups of source heads that a plan's maps imply; PlanError if the plan is not for these layers."""
+    if len(plan.layers) != len(layers) or plan.num_query_heads != layers[0].num_query_heads:
         raise PlanError(
             f"the plan is for {len(plan.layers)} layers of {plan.num_query_heads} query heads, the model has "
-            f"{len(layers)} of {layers[0].heads.num_query_heads}; give a plan of this model"
+            f"{len(layers)} of {layers[0].num_query_heads}; give a plan of this model"
         )
     groups = []
     for wanted, layer in zip(plan.layers, layers, strict=True):
-        pairs = ((wanted.key_map, layer.heads.key_map), (wanted.value_map, layer.heads.value_map))
+        pairs = ((wanted.key_map, layer.key_map), (wanted.value_map, layer.value_map))
         groups.append(HeadGroups(*(_regrouped(new, old) for new, old in pairs)))
     return groups
 

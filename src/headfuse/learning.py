@@ -23,7 +23,7 @@ from headfuse.checkpoints.assembly import decoder_layers
 from headfuse.checkpoints.attention import attention_of, attention_replaced, heads_of
 from headfuse.checkpoints.heads import AttentionHeads
 from headfuse.checkpoints.opened import LoadedModel
-from headfuse.conversion import Converted, Settings
+from headfuse.conversion import Converted, Settings, groups_of_plan
 from headfuse.errors import ConfigError, PlanError
 from headfuse.fusion.objective import FusionObjective, Projections, SearchObjective
 from headfuse.fusion.operators import (
@@ -51,7 +51,7 @@ from headfuse.training.processes import Processes
 from headfuse.training.run_folder import RunFolder
 
 Start = Literal["original", "converted"]
-Grouping = Literal["annealed", "printed", "cka", "contiguous"]
+Grouping = Literal["annealed", "printed", "cka", "contiguous", "closed-form"]
 LayerBudget = Literal["uniform", "greedy", "knapsack"]
 Distances = list[tuple[Tensor, Tensor]]
 
@@ -67,7 +67,8 @@ class Learning:
     language-model loss in healing, the rest distils from the original; the search and the fusion see the
     language-model loss alone, as in the paper, unless `fusion_lm_weight` says otherwise. Both want many small steps
     (an operator has to travel from 1 to 1 / g at `operator_rate` a step), so their batches follow from their numbers
-    of steps: the paper's, for the 1000 steps in which it spends 0.2B tokens.
+    of steps: the paper's, for the 1000 steps in which it spends 0.2B tokens. `grouping` "closed-form" fuses the
+    original heads in the groups that a conversion chose by their prices, without a search.
     """
 
     training: TrainingOptions = field(default_factory=TrainingOptions)
@@ -107,6 +108,11 @@ class Learning:
                 f"wanted no search and one level from converted heads, whose groups are chosen, got a search share of "
                 f"{self.search_share:g} and {self.levels} levels; start from the original heads for those"
             )
+        if self.grouping == "closed-form" and (self.levels > 1 or self.layer_budget != "uniform"):
+            raise ConfigError(
+                f"wanted one level and the conversion's own budget with its groups, got {self.levels} levels and layer "
+                f"budget {self.layer_budget!r}; leave them out"
+            )
         if self.start == "original" and self.searches and not self.search_share:
             raise ConfigError(
                 f"wanted a search for the distances that grouping {self.grouping!r} and layer budget "
@@ -116,7 +122,9 @@ class Learning:
     @property
     def searches(self) -> bool:
         """Whether the groups of the start "original" go by distances that only a search measures."""
-        return self.grouping != "cka" and (self.grouping != "contiguous" or self.layer_budget != "uniform")
+        if self.grouping in ("cka", "closed-form"):
+            return False
+        return self.grouping != "contiguous" or self.layer_budget != "uniform"
 
     @property
     def search_tokens(self) -> int:
@@ -215,14 +223,18 @@ def learn_heads(
 ) -> Learned:
     """Convert a model with training; `loaded` stays as it was, a copy is trained.
 
-    `settings` say budget and seed. `converted`, from `convert_heads`, is what the start "converted" begins with.
+    `settings` say budget and seed. `converted`, from `convert_heads`, is what the start "converted" begins with, or
+    whose groups the grouping "closed-form" takes.
     Raises what `train` and `check_learnable` raise.
     """
     check_learnable(loaded, settings, learning)
     check_text(course.text, learning)
     student = LoadedModel.of(copy.deepcopy(loaded.model), loaded.adapter)
     run = _Run(student, loaded, settings, learning, course)
-    if learning.start == "original":
+    if learning.start == "original" and learning.grouping == "closed-form":
+        assert converted is not None, "convert_heads comes first"
+        heads = run.fuse(loaded.heads, groups_of_plan(converted.plan, loaded.heads), "fusion")
+    elif learning.start == "original":
         heads = run.fuse_levels(loaded.heads)
     else:
         assert converted is not None, "convert_heads comes first"
@@ -258,7 +270,8 @@ def check_learnable(loaded: LoadedModel, settings: Settings, learning: Learning,
             raise ConfigError(
                 "wanted a share of the cache to start from the original heads, got numbers of heads; give the share"
             )
-        _check_counts(counts, loaded, settings, learning)
+        if learning.grouping != "closed-form":
+            _check_counts(counts, loaded, settings, learning)
     if learning.fusion_share:
         stages.append(("fusion", learning.fusion_tokens, training.length))
     for name, tokens, length in stages:

@@ -147,7 +147,7 @@ def convert(
         rows = _rows(source, calibration, settings.seed, stock.config.vocab_size)
         parity = {"split": _parity(stock, loaded, loaded.heads, rows.tokens)}
         shared = None
-        if learning is None or learning.start == "converted":
+        if learning is None or learning.start == "converted" or learning.grouping == "closed-form":
             statistics = _statistics(loaded, rows, settings, source, statistics_folder, stages)
             seconds = {"load and statistics": time.monotonic() - started}
             shared = convert_heads(loaded, rows.tokens, settings, statistics=statistics, plan=planned, stages=stages)
