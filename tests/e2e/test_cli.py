@@ -452,7 +452,7 @@ def test_a_conversion_that_was_interrupted_in_training_is_resumed(convert, tmp_p
     assert outcome.err.startswith("headfuse: interrupted; the run is kept in ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.run"]
     changed = convert(*learn, "--rate", "1e-2")
-    assert_refused(changed, "rate: 0.001 -> 0.01", quiet=False)
+    assert_refused(changed, "rate: 0.0003 -> 0.01", quiet=False)
     assert convert(*learn).code == 0
     assert convert(*learn, out=tmp_path / "whole").code == 0
     found, wanted = (load_file(tmp_path / name / WEIGHTS) for name in ("out", "whole"))
