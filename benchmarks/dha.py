@@ -24,13 +24,14 @@ from headfuse.checkpoints.loading import load_model
 from headfuse.checkpoints.opened import LoadedModel
 from headfuse.checkpoints.registry import adapter_for
 from headfuse.checkpoints.source import locate
-from headfuse.conversion import Converted, Settings, convert_heads
+from headfuse.conversion import Converted, Settings, convert_heads, gather_statistics
 from headfuse.evaluation.text_loss import measure_text_loss
-from headfuse.learning import PAPER, Course, Learning, learn_heads
+from headfuse.learning import ALIGNED, PAPER, Course, Learning, learn_heads
 from headfuse.placement import Placement
 from headfuse.planning.budget import parse_budget
 from headfuse.sharing.methods import SharingOptions
 from headfuse.sharing.refit import RefitOptions
+from headfuse.statistics.moments import LayerStatistics
 from headfuse.text.rows import load_tokens
 from headfuse.training.batches import training_text
 from headfuse.training.options import RATES, TrainingOptions, rows_for
@@ -65,6 +66,7 @@ WAYS = {
     "gqa mean-pool": Way(Settings("mean-pool", "gqa", refit=None), HEALED, calibration=0),
     "gqa procrustes": Way(Settings("procrustes", "gqa", options=SharingOptions(restore_norm=True), refit=None), HEALED),
     "dha": Way(UNREFITTED, PAPER, calibration=0),
+    "dha, aligned heads": Way(UNREFITTED, ALIGNED),
     "dha from closed form": Way(UNREFITTED, Learning(fusion_share=0.19, fusion_lm_weight=0.0)),
     "closed form": Way(UNREFITTED, HEALED),
     "closed form + refit": Way(Settings(), HEALED),
@@ -79,8 +81,12 @@ RATE_GRIDS = {
     "closed form + refit": (1e-4, 2e-4, 4e-4),
     "original": (2e-5, 1e-4),
 }
-SEARCHED_AS = {"dha from closed form": "closed form + refit", "closed form + long refit": "closed form + refit"}
-MAIN = ("gqa mean-pool", "gqa procrustes", "dha", "dha from closed form", "closed form + refit")
+SEARCHED_AS = {
+    "dha, aligned heads": "dha",
+    "dha from closed form": "closed form + refit",
+    "closed form + long refit": "closed form + refit",
+}
+MAIN = ("gqa mean-pool", "gqa procrustes", "dha", "dha, aligned heads", "dha from closed form", "closed form + refit")
 PAPER_ABLATION = {
     "dha": PAPER,
     "without linear fusion": replace(PAPER, fusion_share=0.0),
@@ -92,9 +98,7 @@ GROUPINGS = {
     "annealed L_head": replace(PAPER, layer_budget="uniform"),
     "Algorithm 4 as printed": replace(PAPER, layer_budget="uniform", grouping="printed"),
     "CKA": replace(PAPER, layer_budget="uniform", grouping="cka"),
-    "closed-form prices": replace(
-        PAPER, layer_budget="uniform", grouping="closed-form", search_share=0.0, fusion_share=0.25
-    ),
+    "closed-form prices, aligned": replace(ALIGNED, lm_weight=1.0, fusion_lm_weight=1.0),
     "contiguous": replace(PAPER, layer_budget="uniform", grouping="contiguous", search_share=0.0, fusion_share=0.25),
 }
 
@@ -128,7 +132,7 @@ class Bench:
         )
         self.evaluation = blocks(options.evaluation)
         self.base = self.loss(model)
-        self.shared: dict[tuple[Any, ...], Converted] = {}
+        self.shared: dict[tuple[Any, ...], tuple[Converted, list[LayerStatistics]]] = {}
 
     def loss(self, model: Any) -> float:
         """Cross-entropy on the evaluation text."""
@@ -141,16 +145,16 @@ class Bench:
         settings = replace(case.way.settings, share=parse_budget(case.kv), seed=case.seed, precision=self.precision)
         learned_from = case.way.learning
         needed = learned_from.start == "converted" or learned_from.grouping == "closed-form"
-        converted = self.converted(settings, calibrating or CALIBRATION) if needed else None
+        converted, statistics = self.converted(settings, calibrating or CALIBRATION) if needed else (None, None)
         shared = time.monotonic()
         trained = max(0, tokens - calibrating)
         learning = self.learning(case, trained)
         if tokens and trained >= learning.training.step_tokens:
             course = Course(self.text, self.here)
-            learned = learn_heads(self.loaded, settings, learning, course, converted=converted)
+            learned = learn_heads(self.loaded, settings, learning, course, converted=converted, statistics=statistics)
             context, reports, heads = learned.with_heads(), learned.reports, learned.converted.heads
         else:
-            heads = (converted or self.converted(settings, CALIBRATION)).heads
+            heads = (converted or self.converted(settings, CALIBRATION)[0]).heads
             context, reports = self.loaded.with_heads(heads), {}
         with context as model:
             loss = self.loss(model)
@@ -191,8 +195,8 @@ class Bench:
         learning = replace(case.way.learning, training=replace(training, **case.training))
         return learning if case.lm_weight is None else replace(learning, lm_weight=case.lm_weight)
 
-    def converted(self, settings: Settings, calibrating: int) -> Converted:
-        """Shared heads without training; the same for all budgets that calibrate alike."""
+    def converted(self, settings: Settings, calibrating: int) -> tuple[Converted, list[LayerStatistics]]:
+        """Shared heads without training and their statistics; the same for all budgets that calibrate alike."""
         key = (str(settings), calibrating)
         if key not in self.shared:
             rows = load_tokens(
@@ -203,7 +207,9 @@ class Bench:
                 seed=settings.seed,
                 vocab_size=self.loaded.model.config.vocab_size,
             )
-            self.shared[key] = convert_heads(self.loaded, rows.tokens, settings)
+            statistics = gather_statistics(self.loaded, rows.tokens, settings)
+            converted = convert_heads(self.loaded, rows.tokens, settings, statistics=statistics)
+            self.shared[key] = converted, statistics
         return self.shared[key]
 
 

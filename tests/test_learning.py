@@ -10,11 +10,11 @@ from torch.testing import assert_close
 from headfuse.checkpoints.attention import attention_of, attention_replaced
 from headfuse.checkpoints.opened import LoadedModel
 from headfuse.checkpoints.registry import adapter_for
-from headfuse.conversion import Settings, convert_heads
+from headfuse.conversion import Settings, aligned_heads, convert_heads, gather_statistics
 from headfuse.errors import ConfigError, PlanError, TextError
 from headfuse.fusion.objective import FusionObjective, SearchObjective
 from headfuse.fusion.operators import fold_heads, fuse_attention, fused_projections
-from headfuse.learning import PAPER, Course, Learning, learn_heads, learning_for
+from headfuse.learning import ALIGNED, PAPER, Course, Learning, learn_heads, learning_for
 from headfuse.planning import annealing
 from headfuse.planning.grouping import HeadGroups, contiguous_groups
 from headfuse.training.objectives import LanguageModelling
@@ -192,6 +192,32 @@ def test_fusion_takes_the_groups_of_a_conversion():
     assert list(learned.reports) == ["fusion", "healing"]
 
 
+@pytest.mark.parametrize("family", ["llama", "phi", "qwen3", "gpt2"])
+def test_aligned_heads_compute_what_the_original_does_and_are_more_alike(family):
+    loaded = opened(family)
+    statistics = gather_statistics(loaded, tokens(8, 32), HALF)
+    groups = [HeadGroups(*(contiguous_groups(n, n // 2) for n in layer.counts)) for layer in loaded.heads]
+    aligned = aligned_heads(loaded, statistics, groups)
+    before = logits_of(loaded.model, tokens(2, 11))
+    with loaded.with_heads(aligned) as model:
+        assert_close(logits_of(model, tokens(2, 11)), before, atol=1e-4, rtol=1e-4)
+
+    def pooled(heads):
+        return sum(layer.v[:2].mean(0).norm().item() for layer in heads)
+
+    assert pooled(aligned) > pooled(loaded.heads)
+
+
+def test_fusion_of_aligned_heads_starts_at_the_original():
+    loaded = opened()
+    statistics = gather_statistics(loaded, tokens(8, 32), HALF)
+    converted = convert_heads(loaded, tokens(4, 32), HALF, statistics=statistics)
+    learning = replace(ALIGNED, training=TRAINING, fusion_steps=8)
+    learned = learn_heads(loaded, HALF, learning, course(), converted=converted, statistics=statistics)
+    assert learned.reports["fusion"].metrics[0]["kl"] < 1e-3
+    assert counts(learned) == [(2, 2), (2, 2)]
+
+
 def test_a_converted_gqa_model_stays_one():
     settings = replace(HALF, target="gqa", method="mean-pool")
     for learning in (ROUTES["converted"], ROUTES["converted, fused"]):
@@ -298,7 +324,7 @@ def test_stages_without_a_use_or_a_source_are_refused(changed, words):
 
 
 def test_the_start_decides_the_stages():
-    assert learning_for("original", TRAINING) == replace(PAPER, training=TRAINING, lm_weight=0.0)
-    assert learning_for("converted", TRAINING) == Learning(TRAINING)
-    given = learning_for("original", TRAINING, 0.1, 0.2, 0.5)
+    assert learning_for("delta", TRAINING) == replace(PAPER, training=TRAINING, lm_weight=0.0)
+    assert learning_for("closed-form", TRAINING) == Learning(TRAINING)
+    given = learning_for("delta", TRAINING, 0.1, 0.2, 0.5)
     assert (given.search_share, given.fusion_share, given.lm_weight) == (0.1, 0.2, 0.5)

@@ -173,7 +173,11 @@ def convert(
     data: Data = None,
     tokens: TrainingTokens = "1M",
     init: Annotated[
-        str, typer.Option(help="dha: the sharing method to start from; delta: from the original, as the paper.")
+        str,
+        typer.Option(
+            help="dha: the sharing method to start from; delta: fuse the original heads, as the paper; aligned: fuse "
+            "them in the closed form's groups, aligned first."
+        ),
     ] = "closed-form",
     search_share: Annotated[
         float | None, typer.Option(help="dha: share of the tokens for the search; default 0.06 from the original.")
@@ -214,9 +218,9 @@ def convert(
     from headfuse.sharing.refit import RefitOptions
 
     trained = method == "dha"
-    start = "original" if init == "delta" else "converted"
+    start = "original" if init in ("delta", "aligned") else "converted"
     if trained:
-        method = "closed-form" if init == "delta" else init
+        method = "closed-form" if start == "original" else init
     method_named(method)
     settings = Settings(
         method=method,
@@ -226,7 +230,7 @@ def convert(
         value_heads=value_heads,
         budget=budget.value,
         options=SharingOptions(criterion.value, group_on.value, restore_norm),
-        refit=RefitOptions(steps=refit_steps) if refit else None,
+        refit=RefitOptions(steps=refit_steps) if refit and not (trained and start == "original") else None,
         seed=seed,
     )
     learning = None
@@ -246,7 +250,7 @@ def convert(
             save_every=save_every,
             seed=seed,
         )
-        learning = learning_for(start, training, search_share, fusion_share, lm_weight)
+        learning = learning_for(init, training, search_share, fusion_share, lm_weight)
     done = run(
         model,
         out,

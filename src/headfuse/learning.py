@@ -23,7 +23,7 @@ from headfuse.checkpoints.assembly import decoder_layers
 from headfuse.checkpoints.attention import attention_of, attention_replaced, heads_of
 from headfuse.checkpoints.heads import AttentionHeads
 from headfuse.checkpoints.opened import LoadedModel
-from headfuse.conversion import Converted, Settings, groups_of_plan
+from headfuse.conversion import Converted, Settings, aligned_heads, groups_of_plan
 from headfuse.errors import ConfigError, PlanError
 from headfuse.fusion.objective import FusionObjective, Projections, SearchObjective
 from headfuse.fusion.operators import (
@@ -41,6 +41,7 @@ from headfuse.planning.budget import head_plan, knapsack, uniform_counts
 from headfuse.planning.grouping import HeadGroups, contiguous_groups
 from headfuse.planning.layer_budget import allowed_counts, greedy_counts, knapsack_counts
 from headfuse.progress import Stages, silent
+from headfuse.statistics.moments import LayerStatistics
 from headfuse.statistics.similarity import cka
 from headfuse.training.batches import Batches, TrainingText
 from headfuse.training.loop import Trained, TrainingReport, check_length, train
@@ -68,7 +69,8 @@ class Learning:
     language-model loss alone, as in the paper, unless `fusion_lm_weight` says otherwise. Both want many small steps
     (an operator has to travel from 1 to 1 / g at `operator_rate` a step), so their batches follow from their numbers
     of steps: the paper's, for the 1000 steps in which it spends 0.2B tokens. `grouping` "closed-form" fuses the
-    original heads in the groups that a conversion chose by their prices, without a search.
+    original heads in the groups that a conversion chose by their prices, without a search; there the heads of a group
+    are first rotated onto each other, which leaves the function as it is.
     """
 
     training: TrainingOptions = field(default_factory=TrainingOptions)
@@ -154,6 +156,10 @@ PAPER = Learning(
 )
 
 
+# Ours: heads of the closed form's groups are aligned before they are fused, and the fusion distils too.
+ALIGNED = Learning(start="original", grouping="closed-form", fusion_share=0.25, fusion_lm_weight=0.0)
+
+
 def rate_for(settings: Settings, *, start: Start) -> float:
     """The peak learning rate of the weights that did best on the 30M reference (LOG.md).
 
@@ -167,17 +173,19 @@ def rate_for(settings: Settings, *, start: Start) -> float:
 
 
 def learning_for(
-    start: Start,
+    init: str,
     training: TrainingOptions,
     search_share: float | None = None,
     fusion_share: float | None = None,
     lm_weight: float = 0.0,
 ) -> Learning:
-    """The stages that suit a start: the paper's from the original heads, healing alone from the closed form's."""
-    suited = PAPER if start == "original" else Learning()
+    """The stages that suit a start.
+
+    "delta": the paper's; "aligned": fusion of aligned heads; a sharing method's name: healing of what it makes.
+    """
+    suited = {"delta": PAPER, "aligned": ALIGNED}.get(init, Learning())
     return replace(
         suited,
-        start=start,
         training=training,
         search_share=suited.search_share if search_share is None else search_share,
         fusion_share=suited.fusion_share if fusion_share is None else fusion_share,
@@ -220,11 +228,12 @@ def learn_heads(
     course: Course,
     *,
     converted: Converted | None = None,
+    statistics: Sequence[LayerStatistics] | None = None,
 ) -> Learned:
     """Convert a model with training; `loaded` stays as it was, a copy is trained.
 
     `settings` say budget and seed. `converted`, from `convert_heads`, is what the start "converted" begins with, or
-    whose groups the grouping "closed-form" takes.
+    whose groups the grouping "closed-form" takes; that one aligns by the `statistics`, if they are given.
     Raises what `train` and `check_learnable` raise.
     """
     check_learnable(loaded, settings, learning)
@@ -233,7 +242,9 @@ def learn_heads(
     run = _Run(student, loaded, settings, learning, course)
     if learning.start == "original" and learning.grouping == "closed-form":
         assert converted is not None, "convert_heads comes first"
-        heads = run.fuse(loaded.heads, groups_of_plan(converted.plan, loaded.heads), "fusion")
+        groups = groups_of_plan(converted.plan, loaded.heads)
+        heads = loaded.heads if statistics is None else aligned_heads(loaded, statistics, groups)
+        heads = run.fuse(heads, groups, "fusion")
     elif learning.start == "original":
         heads = run.fuse_levels(loaded.heads)
     else:

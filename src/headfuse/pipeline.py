@@ -146,14 +146,14 @@ def convert(
         course = _course(source, data or calibration.source, settings, learning, stock, run_folder, stages)
         rows = _rows(source, calibration, settings.seed, stock.config.vocab_size)
         parity = {"split": _parity(stock, loaded, loaded.heads, rows.tokens)}
-        shared = None
+        shared = statistics = None
         if learning is None or learning.start == "converted" or learning.grouping == "closed-form":
             statistics = _statistics(loaded, rows, settings, source, statistics_folder, stages)
             seconds = {"load and statistics": time.monotonic() - started}
             shared = convert_heads(loaded, rows.tokens, settings, statistics=statistics, plan=planned, stages=stages)
         else:
             seconds = {"load": time.monotonic() - started}
-        learned = _learned(loaded, settings, learning, course, shared, folder)
+        learned = _learned(loaded, settings, learning, course, shared, statistics, folder)
         loaded, converted = learned.model, learned.converted
         seconds |= {name: value for name, value in converted.seconds.items() if name != "statistics"}
         writing_started = time.monotonic()
@@ -270,6 +270,7 @@ def _learned(
     learning: Learning | None,
     course: Course | None,
     shared: Converted | None,
+    statistics: Sequence[LayerStatistics] | None,
     folder: OutputFolder,
 ) -> Learned:
     """The trained model, whose curves go into the folder; without training the one with the shared heads."""
@@ -277,7 +278,7 @@ def _learned(
         assert shared is not None
         return Learned(loaded, shared, {})
     started = time.monotonic()
-    learned = learn_heads(loaded, settings, learning, course, converted=shared)
+    learned = learn_heads(loaded, settings, learning, course, converted=shared, statistics=statistics)
     for stage in learned.reports:
         run = course.run(stage)
         assert run is not None
