@@ -34,7 +34,7 @@ from headfuse.sharing.refit import RefitOptions
 from headfuse.statistics.moments import LayerStatistics
 from headfuse.text.rows import load_tokens
 from headfuse.training.batches import training_text
-from headfuse.training.options import RATES, TrainingOptions, rows_for
+from headfuse.training.options import TrainingOptions, rows_for
 from headfuse.training.processes import Processes
 from training_free import blocks, git_commit, hardware, merge, peak_memory, versions, write
 
@@ -66,7 +66,7 @@ WAYS = {
     "gqa mean-pool": Way(Settings("mean-pool", "gqa", refit=None), HEALED, calibration=0),
     "gqa procrustes": Way(Settings("procrustes", "gqa", options=SharingOptions(restore_norm=True), refit=None), HEALED),
     "dha": Way(UNREFITTED, PAPER, calibration=0),
-    "dha, aligned heads": Way(UNREFITTED, ALIGNED),
+    "dha of aligned heads": Way(UNREFITTED, ALIGNED),
     "dha from closed form": Way(UNREFITTED, Learning(fusion_share=0.19, fusion_lm_weight=0.0)),
     "closed form": Way(UNREFITTED, HEALED),
     "closed form + refit": Way(Settings(), HEALED),
@@ -82,11 +82,11 @@ RATE_GRIDS = {
     "original": (2e-5, 1e-4),
 }
 SEARCHED_AS = {
-    "dha, aligned heads": "dha",
+    "dha of aligned heads": "dha",
     "dha from closed form": "closed form + refit",
     "closed form + long refit": "closed form + refit",
 }
-MAIN = ("gqa mean-pool", "gqa procrustes", "dha", "dha, aligned heads", "dha from closed form", "closed form + refit")
+MAIN = ("gqa mean-pool", "gqa procrustes", "dha", "dha of aligned heads", "dha from closed form", "closed form + refit")
 PAPER_ABLATION = {
     "dha": PAPER,
     "without linear fusion": replace(PAPER, fusion_share=0.0),
@@ -187,7 +187,6 @@ class Bench:
             tokens=max(tokens, rows * LENGTH),
             rows=rows,
             length=LENGTH,
-            rate=RATES["adamw"],
             repeat=True,
             compiled=self.here.device.type == "cuda" and tokens >= COMPILED_FROM,
             seed=case.seed,

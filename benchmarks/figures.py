@@ -32,6 +32,7 @@ WAYS = {
     OURS: ("#0072b2", "o", "closed form + refit"),
     "closed form + long refit": ("#56b4e9", "s", "closed form + long refit"),
     "closed form": ("#6e7781", "v", "closed form"),
+    "dha of aligned heads": ("#000000", "*", "DHA of aligned heads"),
     "dha from closed form": ("#cc79a7", "P", "DHA from closed form"),
     DHA: ("#009e73", "D", "DHA: search, fusion, healing"),
     "gqa procrustes": ("#b8860b", "^", "GQA, Procrustes"),
