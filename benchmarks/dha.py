@@ -36,7 +36,7 @@ from headfuse.text.rows import load_tokens
 from headfuse.training.batches import training_text
 from headfuse.training.options import TrainingOptions, rows_for
 from headfuse.training.processes import Processes
-from training_free import blocks, git_commit, hardware, merge, peak_memory, versions, write
+from training_free import blocks, merge, provenance, write
 
 RESULTS = Path(__file__).parent / "results" / "dha.json"
 CALIBRATION, LONG_CALIBRATION = 65_536, 524_288
@@ -344,14 +344,7 @@ def main() -> None:
 
 def save(options: argparse.Namespace, rows: Sequence[dict[str, Any]], seconds: float) -> None:
     """Write the rows so far, and how they came about."""
-    meta = {
-        "command": " ".join(["python benchmarks/dha.py", options.table, *arguments(options)]),
-        "versions": versions(),
-        "hardware": hardware().model_dump(),
-        "commit": options.commit or git_commit(),
-        "seconds": round(seconds, 1),
-        "peak_memory_bytes": peak_memory(),
-    }
+    meta = provenance("dha.py", [options.table, *arguments(options)], options.commit, seconds)
     write(Path(options.out), {"meta": {"runs": [meta]}, "rows": list(rows)})
 
 

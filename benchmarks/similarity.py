@@ -18,8 +18,8 @@ from headfuse.checkpoints.heads import AttentionHeads
 from headfuse.checkpoints.loading import load_model
 from headfuse.checkpoints.registry import adapter_for
 from headfuse.checkpoints.source import locate
-from headfuse.manifest import git_commit, hardware, peak_memory, versions
 from headfuse.statistics.similarity import cka, redundancy
+from training_free import provenance
 
 RESULTS = Path(__file__).parent / "results" / "similarity.json"
 DIGITS = 4
@@ -32,14 +32,7 @@ def main() -> None:
     heads = split_model(model, adapter_for(model.config))
     drawn = drawn_layers(options.maps, len(heads))
     layers = [measured(index, layer, mapped=index in drawn) for index, layer in enumerate(heads)]
-    meta = {
-        "command": " ".join(["python benchmarks/similarity.py", *arguments(options)]),
-        "versions": versions(),
-        "hardware": hardware().model_dump(),
-        "commit": options.commit or git_commit(),
-        "seconds": round(time.monotonic() - started, 1),
-        "peak_memory_bytes": peak_memory(),
-    }
+    meta = provenance("similarity.py", arguments(options), options.commit, time.monotonic() - started)
     write(Path(options.out), {"meta": meta, "model": options.name, "unrelated": unrelated(heads[0]), "layers": layers})
 
 

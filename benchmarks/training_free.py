@@ -11,7 +11,7 @@ blocks of 1024 tokens of every array in the evaluation file.
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
@@ -160,18 +160,21 @@ def save(options: argparse.Namespace, rows: Sequence[dict[str, Any]], seconds: f
         *(part for pair in named if pair[1] for part in pair),
         *["--original"] * options.original,
     ]
-    meta = {
-        "command": " ".join(["python benchmarks/training_free.py", *arguments]),
-        "seed": options.seed,
-        "calibration_tokens": options.tokens,
-        "precision": options.precision,
+    settings = {"seed": options.seed, "calibration_tokens": options.tokens, "precision": options.precision}
+    meta = provenance("training_free.py", arguments, options.commit, seconds) | settings
+    write(Path(options.out), {"meta": {"runs": [meta]}, "rows": list(rows)})
+
+
+def provenance(script: str, arguments: Iterable[str], commit: str | None, seconds: float) -> dict[str, Any]:
+    """How a script's results came about; `commit` where the checkout is not a repository."""
+    return {
+        "command": " ".join([f"python benchmarks/{script}", *arguments]),
         "versions": versions(),
         "hardware": hardware().model_dump(),
-        "commit": options.commit or git_commit(),
+        "commit": commit or git_commit(),
         "seconds": round(seconds, 1),
         "peak_memory_bytes": peak_memory(),
     }
-    write(Path(options.out), {"meta": {"runs": [meta]}, "rows": list(rows)})
 
 
 def merge(files: Sequence[Path], out: Path) -> None:

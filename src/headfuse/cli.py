@@ -217,10 +217,12 @@ def convert(
     from headfuse.sharing.methods import SharingOptions, method_named
     from headfuse.sharing.refit import RefitOptions
 
-    trained = method == "dha"
-    start = "original" if init in ("delta", "aligned") else "converted"
+    trained, fused = method == "dha", False
     if trained:
-        method = "closed-form" if start == "original" else init
+        from headfuse.learning import FUSED_STARTS
+
+        fused = init in FUSED_STARTS
+        method = "closed-form" if fused else init
     method_named(method)
     settings = Settings(
         method=method,
@@ -230,7 +232,7 @@ def convert(
         value_heads=value_heads,
         budget=budget.value,
         options=SharingOptions(criterion.value, group_on.value, restore_norm),
-        refit=RefitOptions(steps=refit_steps) if refit and not (trained and start == "original") else None,
+        refit=RefitOptions(steps=refit_steps) if refit and not fused else None,
         seed=seed,
     )
     learning = None
@@ -241,7 +243,7 @@ def convert(
             _count(tokens),
             rows,
             row_length,
-            rate_for(settings, start=start) if rate is None else rate,
+            rate_for(settings, start="original" if fused else "converted") if rate is None else rate,
             update,
             micro_rows=micro_rows,
             repeat=repeat,

@@ -22,7 +22,7 @@ from headfuse.checkpoints.validation import check_weights
 from headfuse.checkpoints.write import write_checkpoint
 from headfuse.errors import ConfigError
 from headfuse.folder import OutputFolder, check_output, writing
-from headfuse.manifest import identify, manifest, peak_memory
+from headfuse.manifest import fingerprint, identify, manifest, peak_memory
 from headfuse.models.dha.decoupled_attention import DecoupledAttention
 from headfuse.placement import Placement
 from headfuse.progress import Stages, silent
@@ -32,7 +32,7 @@ from headfuse.training.objectives import Objective, check_lm_weight, check_teach
 from headfuse.training.options import TrainingOptions
 from headfuse.training.processes import Processes, processes
 from headfuse.training.run_folder import RunFolder, run_root
-from headfuse.training.teacher_cache import TopKDistillation, fingerprint, top_k_teacher
+from headfuse.training.teacher_cache import TopKDistillation, top_k_teacher
 
 # The rate that did best behind a refit on the 30M reference (LOG.md).
 HEALING = TrainingOptions(rate=1e-4)

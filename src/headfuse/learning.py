@@ -158,6 +158,8 @@ PAPER = Learning(
 
 # Ours: heads of the closed form's groups are aligned before they are fused, and the fusion distils too.
 ALIGNED = Learning(start="original", grouping="closed-form", fusion_share=0.25, fusion_lm_weight=0.0)
+# Names of the stages that fuse the original heads; any other start is a sharing method's.
+FUSED_STARTS = {"delta": PAPER, "aligned": ALIGNED}
 
 
 def rate_for(settings: Settings, *, start: Start) -> float:
@@ -183,7 +185,7 @@ def learning_for(
 
     "delta": the paper's; "aligned": fusion of aligned heads; a sharing method's name: healing of what it makes.
     """
-    suited = {"delta": PAPER, "aligned": ALIGNED}.get(init, Learning())
+    suited = FUSED_STARTS.get(init, Learning())
     return replace(
         suited,
         training=training,

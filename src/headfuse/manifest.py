@@ -7,12 +7,17 @@ import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from headfuse.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from torch import nn  # at run time nothing here needs it
+
+# Values of every weight that tell one model from another.
+SAMPLED_VALUES = 64
 PACKAGES = ("headfuse", "torch", "transformers", "safetensors", "numpy")
 
 
@@ -102,6 +107,16 @@ def identify(folder: Path, *, name: str, revision: str | None = None) -> SourceI
             headers[file.name] = hashlib.sha256(handle.read(min(length, file.stat().st_size))).hexdigest()
     config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
     return SourceIdentity(name=name, revision=revision, config_sha256=config, weights_sha256=headers)
+
+
+def fingerprint(model: "nn.Module") -> str:
+    """A hash of the names, the shapes and a few values of all weights: tells checkpoints of one shape apart."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, len(flat) // SAMPLED_VALUES)].double().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:

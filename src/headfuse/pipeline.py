@@ -1,6 +1,5 @@
 """The whole story on one page: a checkpoint in, a smaller-cache checkpoint out."""
 
-import hashlib
 import json
 import shutil
 import time
@@ -39,7 +38,7 @@ from headfuse.evaluation.tasks import evaluate_tasks
 from headfuse.evaluation.text_loss import measure_text_loss
 from headfuse.folder import OutputFolder, check_output, writing
 from headfuse.learning import Course, Learned, Learning, check_learnable, check_text, learn_heads
-from headfuse.manifest import identify, manifest, peak_memory
+from headfuse.manifest import fingerprint, identify, manifest, peak_memory
 from headfuse.models.dha.export import export_code
 from headfuse.placement import Placement
 from headfuse.planning.plan import HeadPlan
@@ -256,7 +255,7 @@ def _course(
     )
     check_text(text, learning)
     recipe = {
-        "model": identify(source.folder, name=source.public_name).model_dump() | {"sample": _sample_hash(stock)},
+        "model": identify(source.folder, name=source.public_name).model_dump() | {"sample": fingerprint(stock)},
         "text": text.digest,
         "settings": asdict(settings),
         "learning": asdict(learning),
@@ -298,7 +297,7 @@ def _statistics(
     """The statistics of these rows: read from `folder` if it holds them, else gathered and saved there."""
     unit_rows = needs_unit_rows(loaded, settings)
     identity = {
-        "model": identify(source.folder, name=source.public_name).model_dump() | {"sample": _sample_hash(loaded.model)},
+        "model": identify(source.folder, name=source.public_name).model_dump() | {"sample": fingerprint(loaded.model)},
         "text": rows.digest(),
         "unit_rows": unit_rows,
         "precision": settings.precision,
@@ -309,15 +308,6 @@ def _statistics(
     if folder is not None:
         save_statistics(folder, statistics, identity)
     return statistics
-
-
-def _sample_hash(model: PreTrainedModel) -> str:
-    """SHA-256 of a few numbers of every weight: tells checkpoints of one shape apart, as headers and names cannot."""
-    content = hashlib.sha256()
-    for parameter in model.parameters():
-        flat = parameter.detach().flatten()
-        content.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
-    return content.hexdigest()
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headfuse.errors import ConfigError
+from headfuse.manifest import fingerprint
 from headfuse.precision import precision_context
 from headfuse.progress import Stages, silent
 from headfuse.training.batches import Batches
@@ -38,8 +39,6 @@ from headfuse.training.processes import Processes
 
 DESCRIPTION = "teacher.json"
 KEY_BYTES = 16
-# Values of every weight that tell one teacher from another.
-SAMPLED_VALUES = 64
 
 
 def top_k_teacher(
@@ -92,16 +91,6 @@ def top_k_teacher(
 def row_key(row: Int64[Tensor, "T+1"]) -> bytes:
     """A hash of a row's tokens."""
     return hashlib.blake2b(row.cpu().numpy().astype("<i8").tobytes(), digest_size=KEY_BYTES).digest()
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """A hash of the names, the shapes and a few values of all weights."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, len(flat) // SAMPLED_VALUES)].double().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def top_k_sums(
