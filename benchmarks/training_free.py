@@ -70,7 +70,8 @@ def main() -> None:
     cases = [Case(case.kv, replace(refitted(case.settings, options.refit), **settings)) for case in cases]
     for case, result in zip(cases, comparison.run(cases, stages=for_terminal()), strict=True):
         fit = case.settings.refit
-        rows.append(result.as_dict() | ({} if fit is None else {"refit_options": asdict(fit)}))
+        text = {"calibration": Path(options.calibration).stem}
+        rows.append(result.as_dict() | text | ({} if fit is None else {"refit_options": asdict(fit)}))
         show(result)
         save(options, rows, time.monotonic() - started)
 

@@ -83,6 +83,7 @@ MicroRows = Annotated[int | None, typer.Option(help="Rows in memory at once on e
 LmWeight = Annotated[float, typer.Option(help="Share of next-token loss; the rest distils from the original.")]
 Repeat = Annotated[bool, typer.Option(help="Go over the training text again if it is short.")]
 Compiled = Annotated[bool, typer.Option("--compile", help="Compile the blocks (torch.compile).")]
+Captured = Annotated[bool, typer.Option("--capture", help="Replay a step as one CUDA graph: for small models.")]
 Recompute = Annotated[bool, typer.Option(help="Recompute activations in the backward pass to save memory.")]
 SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)]
 
@@ -193,6 +194,7 @@ def convert(
     micro_rows: MicroRows = None,
     repeat: Repeat = False,
     compiled: Compiled = False,
+    captured: Captured = False,
     recompute: Recompute = False,
     save_every: SaveEvery = 200,
     statistics: Annotated[
@@ -248,6 +250,7 @@ def convert(
             micro_rows=micro_rows,
             repeat=repeat,
             compiled=compiled,
+            captured=captured,
             checkpoint_activations=recompute,
             save_every=save_every,
             seed=seed,
@@ -293,6 +296,7 @@ def heal(
     micro_rows: MicroRows = None,
     repeat: Repeat = False,
     compiled: Compiled = False,
+    captured: Captured = False,
     recompute: Recompute = False,
     save_every: SaveEvery = 200,
     run: Annotated[Path | None, typer.Option(help="Folder of the run in progress; default: OUT.run.")] = None,
@@ -318,6 +322,7 @@ def heal(
         micro_rows=micro_rows,
         repeat=repeat,
         compiled=compiled,
+        captured=captured,
         checkpoint_activations=recompute,
         save_every=save_every,
         seed=seed,

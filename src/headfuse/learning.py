@@ -356,7 +356,8 @@ class _Run:
         with self._fused(heads, None) as (projections, _):
             searching = SearchObjective(self._objective(1.0), projections, steps=options.steps)
             searching.to(self.course.here.device)
-            trained = self._trained(searching, projections, weights=False, after_step=searching.after_step)
+            steps = {"before_step": searching.before_step, "after_step": searching.after_step}
+            trained = self._trained(searching, projections, weights=False, **steps)
             self._train(trained, options, stage)
             return searching.distances()
 

@@ -53,6 +53,7 @@ def test_the_search_averages_the_distances_of_its_last_quarter(steps, measured):
     objective, projections = searching(steps)
     seen = []
     for step in range(steps):
+        objective.before_step(step)
         move(projections, step)
         objective.after_step()
         seen.append(distances_of(projections))
@@ -67,13 +68,16 @@ def test_the_distances_of_a_search_survive_a_checkpoint():
     whole, projections = searching(8)
     stopped, same_projections = searching(8)
     for step in range(8):
+        whole.before_step(step)
         move(projections, step)
         whole.after_step()
     for step in range(7):
+        stopped.before_step(step)
         move(same_projections, step)
         stopped.after_step()
     resumed, last = searching(8)
     resumed.load_state_dict(stopped.state_dict())
+    resumed.before_step(7)
     move(last, 7)
     resumed.after_step()
     for wanted, found in zip(whole.distances(), resumed.distances(), strict=True):
@@ -101,7 +105,7 @@ def test_the_margin_closes_on_schedule_with_the_steps():
         seen.append(objective(None, None).logged["margin"].item())
         objective.after_step()
     base = 0.25 ** (1 / 10)
-    assert seen == pytest.approx([margin(step, 10, base) for step in range(12)])
+    assert seen == pytest.approx(margin(torch.arange(12), 10, base).tolist())
     assert seen[0] == 1.0
     assert seen[5] == pytest.approx(0.5 * 0.25**0.5)
     assert seen[10:] == [0.0, 0.0]
@@ -113,7 +117,7 @@ def test_the_constraint_is_the_multiplier_times_the_excess_of_every_pair():
         objective.after_step()
     with torch.no_grad():
         objective.multipliers.values.fill_(3.0)
-    losses, now = objective(None, None), margin(5, 10, 0.25 ** (1 / 10))
+    losses, now = objective(None, None), margin(torch.tensor(5), 10, 0.25 ** (1 / 10)).item()
     pairs = 2 * LAYERS * 2  # two groups of two in each projection, whose pairs start at 2 / 2
     assert losses.logged["fusion"].item() == pytest.approx(pairs * (1 - now))
     assert losses.total.item() == pytest.approx(3.0 * pairs * (1 - now))
@@ -177,7 +181,6 @@ def test_the_number_of_steps_is_restored_with_the_rest():
         objective.multipliers.values.fill_(2.0)
     resumed, _ = fusing()
     resumed.load_state_dict(objective.state_dict())
-    resumed.finished()  # the loop asks before its first step
     wanted, found = objective(None, None), resumed(None, None)
     assert found.logged["margin"] == wanted.logged["margin"] > 0
     assert found.total == wanted.total

@@ -22,7 +22,6 @@ class FusionTerms:
     loss: Tensor
     mean_mse: Tensor
     max_mse: Tensor
-    margin: float
 
     def converged(self, threshold: float = CONVERGED) -> bool:
         """Whether the mean pair is below `threshold`. The paper's "L_fusion < 1e-3" does not say mean or sum.
@@ -32,14 +31,13 @@ class FusionTerms:
         return self.mean_mse.item() < threshold
 
 
-def margin(step: int, warmup: int, base: float) -> float:
-    """`base ** step * (1 - step / warmup)`: from 1 to 0, and 0 from `warmup` on (Eq 8 and B.2.3)."""
-    if step >= warmup:
-        return 0.0
-    return base**step * (1 - step / warmup)
+def margin(step: Tensor, warmup: int, base: float) -> Tensor:
+    """`base ** step * (1 - step / warmup)`: from 1 to 0, and 0 from `warmup` on (Eq 8 and B.2.3); in fp64."""
+    steps = step.double()
+    return base**steps * (1 - steps / max(1, warmup)).clamp_min(0.0) * (steps < warmup)
 
 
-def fusion_loss(projections: Iterable[FusedProjection], margin: float, *, per_term: bool = True) -> FusionTerms:
+def fusion_loss(projections: Iterable[FusedProjection], margin: Tensor | float, *, per_term: bool = True) -> FusionTerms:
     """The excess of the pair losses over the margin, summed over projections and pairs, each pair once (Eq 7).
 
     The paper contradicts itself on the margin. `per_term` takes it off every pair, as its appendix B.2.3 does: a pair
@@ -47,9 +45,10 @@ def fusion_loss(projections: Iterable[FusedProjection], margin: float, *, per_te
     margin of at most 1 does nothing to a sum that starts in the thousands.
     """
     pairs = torch.cat([each.pair_losses() for each in projections])
+    margin = torch.as_tensor(margin).to(pairs)
     loss = (pairs - margin).relu().sum() if per_term else (pairs.sum() - margin).relu()
     seen = pairs.detach() if len(pairs) else pairs.new_zeros(1)  # heads alone have no pairs and agree
-    return FusionTerms(loss, seen.mean(), seen.max(), margin)
+    return FusionTerms(loss, seen.mean(), seen.max())
 
 
 class Multipliers(nn.Module):

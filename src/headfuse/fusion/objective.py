@@ -20,14 +20,12 @@ class SearchObjective(nn.Module):
     the model, so that a resumed search ends with the same ones.
     """
 
-    step: Tensor
-
     def __init__(self, base: Objective, projections: Projections, *, steps: int) -> None:
         super().__init__()
         self.base, self.projections = base, tuple(projections)
-        self.first_measured = steps - max(1, steps // 4)
+        self.measured = max(1, steps // 4)
+        self.steps_left = steps
         self.steps = steps
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         for index, pair in enumerate(self.projections):
             for kind, projection in zip(("keys", "values"), pair, strict=True):
                 n = projection.num_heads
@@ -37,18 +35,20 @@ class SearchObjective(nn.Module):
         """The loss of the model."""
         return self.base(model, tokens)
 
+    def before_step(self, step: int) -> None:
+        """Take the number of the step that comes, counted from 0."""
+        self.steps_left = self.steps - step
+
     @torch.no_grad()
     def after_step(self) -> None:
         """Measure the distances of heads, L_head."""
-        self.step += 1
-        if int(self.step) > self.first_measured:
+        if self.steps_left <= self.measured:
             for total, projection in zip(self._totals(), self._flat(), strict=True):
                 total += head_losses(projection.expanded(), projection.allowed)
 
     def distances(self) -> list[tuple[Tensor, Tensor]]:
-        """L_head of every pair of key heads and of value heads, layer by layer, `[n, n]` in fp64 on the CPU."""
-        count = max(1, int(self.step) - self.first_measured)
-        means = [total.double().cpu() / count for total in self._totals()]
+        """L_head of all pairs of key and of value heads at the end, by layer: `[n, n]` in fp64 on the CPU."""
+        means = [total.double().cpu() / self.measured for total in self._totals()]
         return list(zip(means[::2], means[1::2], strict=True))
 
     def _totals(self) -> list[Tensor]:
@@ -85,12 +85,11 @@ class FusionObjective(nn.Module):
         self.per_term, self.threshold = per_term, threshold
         self.multipliers = Multipliers(multipliers)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.steps_done = 0
 
     def forward(self, model: PreTrainedModel, tokens: Tensor) -> Losses:
         """The loss with the constraint; logs the violation, the multiplier and the pair losses."""
         losses = self.base(model, tokens)
-        now = margin(self.steps_done, self.warmup, self.margin_base)
+        now = margin(self.step, self.warmup, self.margin_base)
         kinds = [[pair[kind] for pair in self.projections] for kind in (0, 1)]
         terms = [fusion_loss(kind, now, per_term=self.per_term) for kind in kinds]
         constraint = self.multipliers(terms)
@@ -99,21 +98,19 @@ class FusionObjective(nn.Module):
             "pair_mse": torch.stack([each.mean_mse for each in terms]).mean(),
             "pair_mse_max": torch.stack([each.max_mse for each in terms]).max(),
             "multiplier": self.multipliers.values.detach().float().mean(),
-            "margin": constraint.new_tensor(now),
+            "margin": now.float(),
         }
         return Losses(losses.total + constraint, losses.logged | logged)
 
     def after_step(self) -> None:
         """Count the step and keep the multipliers above zero."""
         self.step += 1
-        self.steps_done += 1
         self.multipliers.clamp()
 
     @torch.no_grad()
     def finished(self) -> bool:
         """Whether the margin is closed and the mean pair of heads agrees to the threshold."""
-        self.steps_done = int(self.step)  # a restored run knows it from here
-        if self.steps_done < self.warmup:
+        if int(self.step) < self.warmup:
             return False
         flat = [projection for pair in self.projections for projection in pair]
         return fusion_loss(flat, 0.0).converged(self.threshold)

@@ -24,6 +24,7 @@ from headfuse.models.dha.decoupled_attention import DecoupledAttention
 from headfuse.precision import Precision, precision_context
 from headfuse.progress import Advance, ignore
 from headfuse.statistics.stream import LayerInputs
+from headfuse.training.capture import gradients_function
 
 # One row in sixteen is kept out of the fit, to measure it and to refuse it where it does harm.
 HELD_OUT_SHARE = 16
@@ -154,18 +155,28 @@ class _Fit:
         """Orthogonalised descent over all matrices at once, on freshly shuffled segments."""
         options = self.options
         optimizers = _optimizers(self.student, options.rate)
+        for module in (self.teacher, self.student):
+            module.place_maps()
+        # A layer's kernels are so short that launching them would take most of the time.
+        captured = self.hidden.device.type == "cuda"
+        gradients = gradients_function(self._gradients, list(self.student.parameters()), captured=captured)
         for step, (hidden, weight) in enumerate(self._shuffled(generator)):
-            with torch.no_grad():
-                target = self.run(self.teacher, hidden)
-            loss = _energy(self.run(self.student, hidden) - target, weight) / _energy(target, weight)
-            loss.backward()
+            gradients(hidden, weight)
             for optimizer, rates in optimizers:
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * (1 - step / options.steps)
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
             advance(1)
         self.student.requires_grad_(False)
+        self.student.zero_grad(set_to_none=True)
+
+    def _gradients(self, hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """Gradients of the relative error of a batch are left in `.grad`."""
+        with torch.no_grad():
+            target = self.run(self.teacher, hidden)
+        loss = _energy(self.run(self.student, hidden) - target, weight) / _energy(target, weight)
+        loss.backward()
+        return {"loss": loss.detach()}
 
     def _batches(self, rows: range) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(rows.start, rows.stop, EVALUATION_ROWS):

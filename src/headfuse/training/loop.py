@@ -21,6 +21,7 @@ from headfuse.errors import ConfigError, TrainingError
 from headfuse.precision import precision_context
 from headfuse.progress import Stages, silent
 from headfuse.training.batches import Batches
+from headfuse.training.capture import gradients_function
 from headfuse.training.metrics import MetricsLog, flops_per_token, peak_flops
 from headfuse.training.objectives import Objective
 from headfuse.training.optimizers import ParameterGroup, build_optimizers, model_groups, set_rates
@@ -60,7 +61,8 @@ class Trained:
     """What is trained: a model, the module list of its blocks, and what is minimised.
 
     `own_groups` gives the parameters with a rate of their own (a function: sharding makes new ones); `weights` says
-    whether all others are trained too. `after_step` runs behind every update (multipliers are kept above zero there);
+    whether all others are trained too. `before_step` is told the number of the step that comes (schedules live
+    there), `after_step` runs behind every update (multipliers are kept above zero there);
     `finished`, asked now and then, ends the run early. An objective that is a module is stored with the model.
     `measure` gives further numbers for the log where it is looked at; `teacher` is named to count
     its work and its blocks to be compiled.
@@ -71,6 +73,7 @@ class Trained:
     objective: Objective
     own_groups: Callable[[], Sequence[ParameterGroup]] = tuple
     weights: bool = True
+    before_step: Callable[[int], None] = lambda _: None
     after_step: Callable[[], None] = lambda: None
     finished: Callable[[], bool] = lambda: False
     measure: Callable[[], dict[str, float]] = dict
@@ -116,10 +119,14 @@ def train(
     """Train in place; with a `run` folder, resume from its last checkpoint and write new ones.
 
     Raises TrainingError, naming the step and the last good checkpoint, if a loss is not finite; ConfigError if the run
-    folder holds a run with another recipe, or rows are longer than the model's positions.
+    folder holds a run with another recipe, rows are longer than the model's positions, or steps cannot be captured.
     """
     model = trained.model
     check_length(model.config, options.length)
+    if options.captured and (here.device.type != "cuda" or here.mesh is not None):
+        raise ConfigError(
+            f"wanted one process on a GPU to capture its steps, got {here.world} on {here.device.type}; leave it out"
+        )
     operations = flops_per_token(model, options.length) * TRAINING_PASSES
     if trained.teacher is not None:
         operations += flops_per_token(trained.teacher, options.length)
@@ -132,16 +139,18 @@ def train(
             start = run.restore(step_module, optimizers, here)
         log = MetricsLog(run.metrics if run is not None and here.first else None, first_step=start)
         watch = _Watch(options, here, log, operations, run)
-        update = partial(_update, step_module, batches, options, here)
+        moved = [parameter for group in groups for parameter in group.parameters]
+        update = partial(_gradients, step_module, groups, options, here)
+        gradients = gradients_function(update, moved, captured=options.captured)
         done = start
         with stages(name, (options.steps - start) * options.step_tokens, "tokens") as advance:
             while done < options.steps and not (_due(done, start) and trained.finished()):
                 factor = rate_factor(done, options.steps, warmup=options.warmup, final=options.final)
                 set_rates(optimizers, factor)
-                losses = update(done) | _clip(groups, options.clip)
+                trained.before_step(done)
+                losses = gradients(_batch(batches, done, here))
                 for optimizer in optimizers:
                     optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
                 trained.after_step()
                 done += 1
                 saves = run is not None and options.save_every and done % options.save_every == 0
@@ -152,6 +161,8 @@ def train(
                 advance(options.step_tokens, watch.note)
         if run is not None and options.save_every and done > run.latest_step():
             run.save(done, step_module, optimizers, here)
+        for parameter in moved:
+            parameter.grad = None
     return watch.report(done)
 
 
@@ -176,7 +187,9 @@ def _prepared(trained: Trained, options: TrainingOptions, here: Processes) -> It
     with ExitStack() as undo:
         if options.checkpoint_activations:
             for block in trained.blocks:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+                # Dropout is off: nothing random has to be repeated.
+                again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+                block.forward = partial(again, block.forward)
                 undo.callback(vars(block).pop, "forward")
         if compiled:
             undo.enter_context(torch._dynamo.config.patch(COMPILED_LIMITS))
@@ -187,13 +200,16 @@ def _prepared(trained: Trained, options: TrainingOptions, here: Processes) -> It
         yield module
 
 
-def _update(
-    module: nn.Module, batches: Batches, options: TrainingOptions, here: Processes, step: int
-) -> dict[str, Tensor]:
-    """Gradients of one step, summed over micro-batches; its mean losses, still on the device."""
+def _batch(batches: Batches, step: int, here: Processes) -> Tensor:
+    """This process's share of a step's rows, on its device."""
     tokens = batches.batch(step, rank=here.rank, world=here.world)
-    if here.device.type == "cuda":
-        tokens = tokens.pin_memory().to(here.device, non_blocking=True)
+    return tokens.pin_memory().to(here.device, non_blocking=True) if here.device.type == "cuda" else tokens
+
+
+def _gradients(
+    module: nn.Module, groups: Sequence[ParameterGroup], options: TrainingOptions, here: Processes, tokens: Tensor
+) -> dict[str, Tensor]:
+    """Clipped gradients of one step, summed over micro-batches; its mean losses, still on the device."""
     parts = tokens.split(min(options.micro_rows or len(tokens), len(tokens)))
     mean: dict[str, Tensor] = {}
     for index, part in enumerate(parts):
@@ -205,7 +221,7 @@ def _update(
         (total * share).backward()
         for key, value in ({"loss": total.detach()} | logged).items():
             mean[key] = mean.get(key, 0) + share * value
-    return mean
+    return mean | _clip(groups, options.clip)
 
 
 class _Watch:

@@ -6,7 +6,8 @@ chunk's logits at a time. n is the positions of a chunk, D the hidden size, V th
 per predicted token, in fp32 whatever the precision of the matrix products.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -16,12 +17,16 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
 
 from headfuse.errors import ConfigError
 
 # The fp32 logits of one chunk of positions stay below this; a loss keeps about six tensors of that size.
 CHUNK_BYTES = 2**28
+# The name under which transformers knows attention without a mask.
+WHOLE_ROWS = "headfuse_whole_rows"
 # Settings of families whose logits are more than the output layer applied to the last hidden states.
 RESCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
@@ -50,9 +55,30 @@ class OutputLayer(NamedTuple):
     dtype: torch.dtype
 
 
+@contextmanager
+def whole_rows(config: PreTrainedConfig) -> Iterator[None]:
+    """Within the context, a model that attends by SDPA takes every row for one text without padding.
+
+    Otherwise transformers looks for padding and for packed texts in every batch: that waits for the device, and where
+    it cannot wait (in a CUDA graph) it builds a mask, which rules the fastest kernels out.
+    """
+    usual = config._attn_implementation
+    if usual == "sdpa":
+        config._attn_implementation = WHOLE_ROWS
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
+
+
+AttentionInterface.register(WHOLE_ROWS, sdpa_attention_forward)
+AttentionMaskInterface.register(WHOLE_ROWS, lambda *_, **__: None)
+
+
 def last_hidden(model: PreTrainedModel, tokens: Int64[Tensor, "B T+1"]) -> tuple[Float[Tensor, "B*T D"], OutputLayer]:
     """The decoder's output at every position that predicts a token, and the layer that makes logits of it."""
-    hidden = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+    with whole_rows(model.config):
+        hidden = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
     layer = model.get_output_embeddings()
     assert isinstance(layer, nn.Linear)
     device = hidden.device.type

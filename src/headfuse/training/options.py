@@ -19,7 +19,8 @@ class TrainingOptions:
     `rate` is the peak learning rate of the model's weights, reached after `warmup` of all steps and left by a cosine
     for `final` of it. `update` "muon" orthogonalises the steps of the blocks' matrices; embeddings, biases and gains
     always follow AdamW. `micro_rows` rows are in memory at once on each device (None: all of them). `save_every`
-    steps a checkpoint is written, if there is a run folder; 0 writes none.
+    steps a checkpoint is written, if there is a run folder; 0 writes none. `compiled` compiles the blocks and the loss;
+    `captured` replays a step as one CUDA graph, which small models gain most from (one process on a GPU).
     """
 
     tokens: int = 1_000_000
@@ -35,6 +36,7 @@ class TrainingOptions:
     micro_rows: int | None = None
     repeat: bool = False
     compiled: bool = False
+    captured: bool = False
     checkpoint_activations: bool = False
     save_every: int = 200
     seed: int = 0
