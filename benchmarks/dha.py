@@ -12,6 +12,7 @@ The loss is measured on the first six blocks of 1024 tokens of every array in th
 import argparse
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,8 +26,9 @@ from headfuse.checkpoints.opened import LoadedModel
 from headfuse.checkpoints.registry import adapter_for
 from headfuse.checkpoints.source import locate
 from headfuse.conversion import Converted, Settings, convert_heads, gather_statistics
+from headfuse.course import Course
 from headfuse.evaluation.text_loss import measure_text_loss
-from headfuse.learning import ALIGNED, PAPER, Course, Learning, learn_heads
+from headfuse.learning import ALIGNED, PAPER, Learning, learn_heads
 from headfuse.placement import Placement
 from headfuse.planning.budget import parse_budget
 from headfuse.sharing.methods import SharingOptions
@@ -75,19 +77,15 @@ WAYS = {
 }
 # Rates to try; where the literature's baselines start far from the original they want larger ones.
 RATE_GRIDS = {
-    "gqa mean-pool": (4e-4, 1e-3, 2.5e-3),
-    "gqa procrustes": (5e-4, 1e-3),
+    "gqa mean-pool": (5e-4, 1e-3, 2e-3),
+    "gqa procrustes": (5e-4, 1e-3, 2e-3),
     "dha": (3e-4, 1e-3),
-    "dha of aligned heads": (2e-4, 4e-4, 8e-4),
-    "dha from closed form": (1e-4, 2e-4, 4e-4),
-    "closed form + refit": (1e-4, 2e-4, 4e-4),
-    "original": (2e-5, 1e-4),
+    "dha of aligned heads": (3e-4, 6e-4, 1.2e-3),
+    "dha from closed form": (2e-4, 4e-4, 8e-4),
+    "closed form + refit": (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3),
+    "original": (2e-5, 1e-4, 4e-4),
 }
-SEARCHED_AS = {
-    "dha of aligned heads": "dha",
-    "dha from closed form": "closed form + refit",
-    "closed form + long refit": "closed form + refit",
-}
+SEARCHED_AS = {"closed form + long refit": "closed form + refit"}
 MAIN = ("gqa mean-pool", "gqa procrustes", "dha", "dha of aligned heads", "dha from closed form", "closed form + refit")
 PAPER_ABLATION = {
     "dha": PAPER,
@@ -241,7 +239,7 @@ def main_cases(options: argparse.Namespace) -> Iterator[Case]:
     for kv, name, budget in itertools.product(options.kv.split(","), names, options.budgets.split(",")):
         if BUDGETS[budget] or WAYS[name].learning.start == "converted":  # without tokens, fusion has nothing to say
             for seed in seeds(options):
-                changed = overrides(options, name)
+                changed = overrides(options, name, budget)
                 yield Case("main", name, WAYS[name], kv, budget, seed, changed, options.lm_weight)
 
 
@@ -249,7 +247,9 @@ def base_cases(options: argparse.Namespace) -> Iterator[Case]:
     """The unconverted model trained on as many tokens, which `delta_ce_same_tokens` compares with."""
     for budget in options.budgets.split(","):
         for seed in seeds(options):
-            yield Case("base", "original", WAYS["original"], "100%", budget, seed, overrides(options, "original"))
+            yield Case(
+                "base", "original", WAYS["original"], "100%", budget, seed, overrides(options, "original", budget)
+            )
 
 
 def rate_cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -268,7 +268,7 @@ def variant_cases(table: str, variants: dict[str, Learning], options: argparse.N
         for budget in options.budgets.split(","):
             for seed in seeds(options):
                 way = Way(UNREFITTED, learning, calibration=0)
-                changed = overrides(options, "dha")
+                changed = overrides(options, "dha", budget)
                 yield Case(table, name, way, "25%", budget, seed, changed, options.lm_weight)
 
 
@@ -314,15 +314,15 @@ def seeds(options: argparse.Namespace) -> list[int]:
     return [int(seed) for seed in options.seeds.split(",")]
 
 
-def overrides(options: argparse.Namespace, way: str) -> dict[str, Any]:
-    """Update and rate: those given, else the best that a search found for this way, else the defaults."""
+def overrides(options: argparse.Namespace, way: str, budget: str) -> dict[str, Any]:
+    """Update and rate: those given, else the best searched for this way at the nearest budget, else the defaults."""
     given = {name: getattr(options, name) for name in ("rate", "update") if getattr(options, name) is not None}
     if given or not options.rates:
         return given
     rows = json.loads(Path(options.rates).read_text(encoding="utf-8"))["rows"]
-    tried = {way, SEARCHED_AS.get(way, way)}
-    tried = [row for row in rows if row["table"] == "rates" and row["method"] in tried]
-    best = min(tried, key=lambda row: (row["method"] != way, row["delta_ce"]))
+    tried = [row for row in rows if row["table"] == "rates" and row["method"] == SEARCHED_AS.get(way, way)]
+    wanted = math.log(max(1, BUDGETS[budget]))
+    best = min(tried, key=lambda row: (abs(math.log(row["tokens"]) - wanted), row["delta_ce"]))
     return {name: best[name] for name in ("rate", "update")}
 
 
