@@ -11,10 +11,13 @@ from typing import Any
 from headfuse.comparison import Result
 from headfuse.demo import Demonstration
 from headfuse.report.tables import demonstration_table, markdown
+from headfuse.sharing.refit import RefitOptions
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "dha.md")
 RESULTS = Path(__file__).parent / "results"
+
+REFIT_STEPS = RefitOptions().steps
 
 Row = dict[str, Any]
 
@@ -58,15 +61,14 @@ def smollm2(rows: Sequence[Row]) -> str:
     chosen = [row for row in rows if row["model"] == "smollm2"]
     tasks = list(dict.fromkeys(task for row in chosen for task in row.get("tasks", {})))
     order = {"100%": 0, "2/3": 1, "1/2": 2, "1/3": 3}
-    for row in sorted(chosen, key=lambda row: order[row["kv"]]):
+    for row in sorted(chosen, key=lambda row: (order[row["kv"]], -row["delta_ce"])):
         accuracies = [f"{row['tasks'][task]['accuracy']:.1%}" if task in row["tasks"] else "" for task in tasks]
         way = "original" if row["method"] == "original" else _way(row)
-        lines.append(
-            [row["kv"], _heads(row), way, f"{math.exp(row['ce']):.1f}", f"{row['delta_ce']:+.3f}", *accuracies]
-        )
-    return markdown(
-        ["cache left", "K + V heads", "way", "perplexity", "delta CE", *(task.split("/")[0] for task in tasks)], lines
-    )
+        text = row.get("calibration", "") if row.get("method") == "closed-form" else ""
+        loss = [f"{math.exp(row['ce']):.1f}", f"{row['delta_ce']:+.3f}"]
+        lines.append([row["kv"], _heads(row), way, text, *loss, *accuracies])
+    names = ["cache left", "K + V heads", "way", "calibration", "perplexity", "delta CE"]
+    return markdown([*names, *(task.split("/")[0] for task in tasks)], lines)
 
 
 def _heads(row: Row) -> str:
@@ -92,7 +94,9 @@ def demo(rows: Sequence[Row]) -> str:
 
 def _way(row: Row) -> str:
     way = f"{row['method']}{', norm restored' if row.get('restore_norm') else ''} -> {row['target']}"
-    return way + ", adaptive budget" * (row["budget"] == "adaptive") + ", **refit**" * row["refit"]
+    way += ", adaptive budget" * (row["budget"] == "adaptive") + ", **refit**" * row["refit"]
+    steps = row.get("refit_options", {}).get("steps", REFIT_STEPS)
+    return way + f" of {steps} steps" * (steps != REFIT_STEPS)
 
 
 def tokens(rows: Sequence[Row]) -> str:
