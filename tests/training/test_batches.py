@@ -83,7 +83,8 @@ def test_no_more_is_packed_than_can_be_predicted(tmp_path, tokenizer):
     text = read(None, tmp_path, tokenizer, num_tokens=1000)
     assert text.tokens.size == 1001
     assert text.name == "builtin"
-    assert Batches(text, rows=5, length=20, steps=10, seed=0).windows == 50
+    assert text.num_rows(20) == 50
+    assert len(Batches(text, rows=5, length=20, steps=10, seed=0).batch(9)) == 5
 
 
 def test_a_hub_data_set_is_read_as_far_as_wanted(tmp_path, tokenizer, monkeypatch):

@@ -19,6 +19,7 @@ from headfuse.training.objectives import (
     project,
 )
 from pico import FAMILIES, VOCABULARY, every_case, every_family, logits_of, pico, pico_config, tokens
+from same_losses import assert_same, gradients, teacher_for
 
 ROWS, LENGTH = 3, 9
 CPU = torch.device("cpu")
@@ -34,29 +35,6 @@ def whole_kl(model, teacher, batch):
     log_p = model(input_ids=batch[:, :-1], use_cache=False).logits.log_softmax(-1)
     log_teacher = logits_of(teacher, batch[:, :-1]).log_softmax(-1)
     return (log_teacher.exp() * (log_teacher - log_p)).sum(-1).mean()
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(model, found, wanted):
-    torch.testing.assert_close(found.detach(), wanted.detach(), rtol=1e-6, atol=1e-6)
-    found, wanted = gradients(model, found), gradients(model, wanted)
-    assert found.keys() == wanted.keys()
-    for name, gradient in found.items():
-        scale = float(wanted[name].abs().max())
-        torch.testing.assert_close(gradient, wanted[name], rtol=0, atol=1e-6 + 1e-5 * scale, msg=name)
-
-
-def teacher_for(family, **overrides):
-    model = pico(family, **overrides)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
 
 
 @every_case

@@ -14,6 +14,7 @@ class EvaluationReport:
     text: dict[str, Any] | None = None  # TextLoss.as_dict
     cache: dict[str, Any] | None = None  # cache_report
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)  # evaluate_tasks
+    exact_match: dict[str, dict[str, Any]] = field(default_factory=dict)  # measure_exact_match
     samples: list[dict[str, str]] = field(default_factory=list)  # prompt and continuation
 
     def as_dict(self) -> dict[str, Any]:

@@ -59,10 +59,10 @@ def summarize(task: Task, scores: Sequence[Score]) -> dict[str, Any]:
     gold_bytes = sum(len(question.requests[question.gold].continuation.encode()) for question in task.questions)
     result: dict[str, Any] = {"questions": len(pairs)}
     if task.has_choices:
-        result |= _share("accuracy", [_best(question, group, per_byte=False) for question, group in pairs])
-        result |= _share("accuracy_per_byte", [_best(question, group, per_byte=True) for question, group in pairs])
+        result |= share("accuracy", [_best(question, group, per_byte=False) for question, group in pairs])
+        result |= share("accuracy_per_byte", [_best(question, group, per_byte=True) for question, group in pairs])
     else:
-        result |= _share("accuracy", [group[0].is_greedy for _, group in pairs])
+        result |= share("accuracy", [group[0].is_greedy for _, group in pairs])
     return result | {"nll": -fmean(gold), "bits_per_byte": -sum(gold) / math.log(2) / gold_bytes}
 
 
@@ -75,7 +75,7 @@ def _best(question: Question, scores: Sequence[Score], *, per_byte: bool) -> boo
     return values.index(max(values)) == question.gold
 
 
-def _share(name: str, hits: Sequence[bool]) -> dict[str, float]:
-    """A share and its standard error, that of a mean of 0s and 1s."""
+def share(name: str, hits: Sequence[bool]) -> dict[str, float]:
+    """A share of hits by that name and its standard error, that of a mean of 0s and 1s."""
     share = fmean(hits)
     return {name: share, f"{name}_stderr": math.sqrt(share * (1 - share) / max(len(hits) - 1, 1))}

@@ -37,7 +37,9 @@ def margin(step: Tensor, warmup: int, base: float) -> Tensor:
     return base**steps * (1 - steps / max(1, warmup)).clamp_min(0.0) * (steps < warmup)
 
 
-def fusion_loss(projections: Iterable[FusedProjection], margin: Tensor | float, *, per_term: bool = True) -> FusionTerms:
+def fusion_loss(
+    projections: Iterable[FusedProjection], margin: Tensor | float, *, per_term: bool = True
+) -> FusionTerms:
     """The excess of the pair losses over the margin, summed over projections and pairs, each pair once (Eq 7).
 
     The paper contradicts itself on the margin. `per_term` takes it off every pair, as its appendix B.2.3 does: a pair

@@ -1,13 +1,13 @@
-"""Packed training text and its batches, which depend on nothing but the step, so that a run can resume anywhere."""
+"""Training text and batches, which depend on nothing but the step, so that a run can resume anywhere."""
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from headfuse.errors import ConfigError, TextError
+from headfuse.text.examples import holds_examples
+from headfuse.text.packing import packed_examples
 from headfuse.text.rows import BUILTIN, check_range, existing_file, source_documents, tokenize_documents
 from headfuse.text.token_files import SUFFIXES, Stream, read_streams
 from headfuse.training.options import TrainingOptions
@@ -29,13 +31,77 @@ DIGEST_BLOCKS, DIGEST_BLOCK = 64, 4096
 PROBE = "The naïve café sold 12,345 teas;  it's 世界 🙂\n\tdef f(x): return x"
 
 
+class TrainingRows(Protocol):
+    """What batches are cut from: rows of `length` predicted tokens each; `digest` says whether two are the same."""
+
+    @property
+    def name(self) -> str:
+        """Where they come from."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """A hash of all there is."""
+        ...
+
+    def num_rows(self, length: int) -> int:
+        """How many rows of that length there are."""
+        ...
+
+    def extent(self, num_rows: int, length: int) -> tuple[str, int]:
+        """What so many rows take, in words, and how much of that there is."""
+        ...
+
+    def rows(self, numbers: Sequence[int], share: slice, length: int) -> Int64[Tensor, "n ... length+1"]:
+        """Of a step of the rows with these numbers, those of the `share`."""
+        ...
+
+
 @dataclass(frozen=True)
 class TrainingText:
-    """A flat stream of token ids, mapped where it comes from a file; `digest` says whether two are the same."""
+    """A flat stream of token ids, mapped where it comes from a file; `digest` says whether two are the same.
+
+    Its rows are windows of `length + 1` tokens that lie `length` apart, so the last token of one is the first of the
+    next and each is predicted once. The tokens after the last whole one are not used.
+    """
 
     tokens: Stream
     name: str
     digest: str
+
+    def num_rows(self, length: int) -> int:
+        """How many windows there are."""
+        return max(self.tokens.size - 1, 0) // length
+
+    def extent(self, num_rows: int, length: int) -> tuple[str, int]:
+        """What so many rows take, in words, and how much of that there is."""
+        return f"{num_rows * length + 1} tokens", self.tokens.size
+
+    def rows(self, numbers: Sequence[int], share: slice, length: int) -> Int64[Tensor, "n length+1"]:
+        """Of a step of the windows with these numbers, those of the `share`."""
+        starts = [number * length for number in numbers[share]]
+        found = np.empty((len(starts), length + 1), dtype=np.int64)
+        for row, start in zip(found, starts, strict=True):
+            row[:] = self.tokens[start : start + length + 1]
+        return torch.from_numpy(found)
+
+
+def training_rows(
+    source: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: TrainingOptions,
+    *,
+    vocab_size: int,
+    cache: Path,
+) -> TrainingRows:
+    """What a run trains on: examples packed for its rows where the source has prompts and answers, else plain text.
+
+    Raises what `packed_examples` and `training_text` raise.
+    """
+    if source is not None and holds_examples(source):
+        return packed_examples(source, tokenizer, length=options.length, vocab_size=vocab_size, seed=options.seed)
+    tokens, seed = options.steps * options.step_tokens, options.seed
+    return training_text(source, tokenizer, num_tokens=tokens, vocab_size=vocab_size, seed=seed, cache=cache)
 
 
 def training_text(
@@ -97,15 +163,14 @@ def token_digest(tokens: Stream) -> str:
 
 @dataclass(frozen=True)
 class Batches:
-    """`steps` batches of `rows` windows of `length + 1` tokens, as a pure function of the step.
+    """`steps` batches of `rows` rows of `length` predicted tokens, as a pure function of the step.
 
-    Windows lie `length` apart, so the last token of one is the first of the next and each is predicted once. They
-    come in a permutation drawn by `seed`; with `repeat`, each time round the text in another one.
+    Rows come in a permutation drawn by `seed`; with `repeat`, each time round the text in another one.
 
     Raises TextError if the text is too short for that many steps and may not repeat.
     """
 
-    text: TrainingText
+    text: TrainingRows
     _: KW_ONLY
     rows: int
     length: int
@@ -115,17 +180,18 @@ class Batches:
 
     def __post_init__(self) -> None:
         """Refuse what the text cannot give."""
-        wanted = self.rows * self.steps
-        if self.windows < (1 if self.repeat else wanted):
-            needs = f"{wanted * self.length + 1} tokens ({self.steps} steps of {self.rows} rows of {self.length})"
-            if not self.windows:
-                needs, remedy = f"at least {self.length + 1} tokens", "give more text or shorter rows"
+        wanted, found = self.rows * self.steps, self.text.num_rows(self.length)
+        if found < (1 if self.repeat else wanted):
+            needs, got = self.text.extent(wanted if found else 1, self.length)
+            if not found:
+                needs, remedy = f"at least {needs}", "give more text or shorter rows"
             else:
+                needs = f"{needs} ({self.steps} steps of {self.rows} rows of {self.length})"
                 remedy = "give more text, lower the budget, or go over it again with --repeat"
-            raise TextError(f"{self.text.name}: wanted {needs}, got {self.text.tokens.size}; {remedy}")
+            raise TextError(f"{self.text.name}: wanted {needs}, got {got}; {remedy}")
 
     @classmethod
-    def of(cls, text: TrainingText, options: TrainingOptions) -> "Batches":
+    def of(cls, text: TrainingRows, options: TrainingOptions) -> "Batches":
         """The batches of a run."""
         return cls(
             text,
@@ -136,12 +202,7 @@ class Batches:
             repeat=options.repeat,
         )
 
-    @property
-    def windows(self) -> int:
-        """How many rows the text has; the tokens after the last whole one are not used."""
-        return max(self.text.tokens.size - 1, 0) // self.length
-
-    def batch(self, step: int, *, rank: int = 0, world: int = 1) -> Int64[Tensor, "rows/world length+1"]:
+    def batch(self, step: int, *, rank: int = 0, world: int = 1) -> Int64[Tensor, "rows/world ... length+1"]:
         """The batch of a step, or the share of process `rank` of `world`: the `rank`-th of equal runs of its rows.
 
         Raises ConfigError if the rows cannot be shared evenly.
@@ -153,20 +214,19 @@ class Batches:
                 f"wanted rows that {world} processes can share evenly, got {self.rows}; use a multiple of {world}"
             )
         share = self.rows // world
-        first = step * self.rows + rank * share
-        batch = np.empty((share, self.length + 1), dtype=np.int64)
-        for row, position in zip(batch, range(first, first + share), strict=True):
-            epoch, place = divmod(position, self.windows)
-            start = int(_order(self.windows, self.seed, epoch)[place]) * self.length
-            row[:] = self.text.tokens[start : start + self.length + 1]
-        return torch.from_numpy(batch)
+        there = self.text.num_rows(self.length)
+        numbers = []
+        for position in range(step * self.rows, (step + 1) * self.rows):
+            epoch, place = divmod(position, there)
+            numbers.append(int(_order(there, self.seed, epoch)[place]))
+        return self.text.rows(numbers, slice(rank * share, (rank + 1) * share), self.length)
 
 
 @lru_cache(maxsize=2)  # a batch may lie across the border of two epochs
-def _order(windows: int, seed: int, epoch: int) -> Int64[Tensor, "windows"]:
+def _order(rows: int, seed: int, epoch: int) -> Int64[Tensor, "rows"]:
     # Hashed: neighbouring seeds must not be each other's epochs.
     mixed = int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:7], "big")
-    return torch.randperm(windows, generator=torch.Generator().manual_seed(mixed))
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(mixed))
 
 
 def _blocks(stream: Stream) -> Iterator[Stream]:

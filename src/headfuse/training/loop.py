@@ -201,7 +201,7 @@ def _prepared(trained: Trained, options: TrainingOptions, here: Processes) -> It
 
 
 def _batch(batches: Batches, step: int, here: Processes) -> Tensor:
-    """This process's share of a step's rows, on its device."""
+    """A process's share of a step's rows, on its device."""
     tokens = batches.batch(step, rank=here.rank, world=here.world)
     return tokens.pin_memory().to(here.device, non_blocking=True) if here.device.type == "cuda" else tokens
 

@@ -40,9 +40,12 @@ class Losses:
 
 
 class Objective(Protocol):
-    """What is minimised: a function of a model and of rows of T + 1 tokens, of which the last T are predicted."""
+    """What is minimised: a function of a model and of rows of T + 1 tokens, of which the last T are predicted.
 
-    def __call__(self, model: PreTrainedModel, tokens: Int64[Tensor, "B T+1"]) -> Losses:
+    Tokens are what `TrainingRows` of batches gives: plain ids, or with more that belongs to them.
+    """
+
+    def __call__(self, model: PreTrainedModel, tokens: Int64[Tensor, "B ... T+1"]) -> Losses:
         """The losses on a batch, of which `total` has gradients."""
         ...
 
@@ -75,15 +78,42 @@ AttentionInterface.register(WHOLE_ROWS, sdpa_attention_forward)
 AttentionMaskInterface.register(WHOLE_ROWS, lambda *_, **__: None)
 
 
-def last_hidden(model: PreTrainedModel, tokens: Int64[Tensor, "B T+1"]) -> tuple[Float[Tensor, "B*T D"], OutputLayer]:
-    """The decoder's output at every position that predicts a token, and the layer that makes logits of it."""
-    with whole_rows(model.config):
-        hidden = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+def last_hidden(
+    model: PreTrainedModel, tokens: Int64[Tensor, "B T+1"], positions: Int64[Tensor, "B T+1"] | None = None
+) -> tuple[Float[Tensor, "B*T D"], OutputLayer]:
+    """The decoder's output at every position that predicts a token, and the layer that makes logits of it.
+
+    Rows are one text each, or with `positions` several, of which each starts at position 0 and sees no other.
+    """
+    if positions is None:
+        with whole_rows(model.config):
+            hidden = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+    else:
+        read = positions[:, :-1]
+        # Not every family looks for packed texts itself (OPT does not), and looking waits for the device.
+        mask = mask_of_texts(read, additive=model.config._attn_implementation == "eager")
+        inputs = {"input_ids": tokens[:, :-1], "position_ids": read, "attention_mask": mask}
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     layer = model.get_output_embeddings()
     assert isinstance(layer, nn.Linear)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
     return hidden.flatten(0, 1), OutputLayer(layer.weight, layer.bias, dtype)
+
+
+def mask_of_texts(positions: Int64[Tensor, "B T"], *, additive: bool) -> Tensor:
+    """What each position sees, itself and what stands before it in its text: `[B, 1, T, T]`.
+
+    True where it sees, or, `additive` to the scores as transformers' eager attention wants it, 0 there and the lowest
+    number elsewhere.
+    """
+    text = (positions == 0).cumsum(-1)
+    sees = (text[:, :, None] == text[:, None]).tril()[:, None]
+    return (
+        torch.zeros_like(sees, dtype=torch.float32).masked_fill(~sees, torch.finfo(torch.float32).min)
+        if additive
+        else sees
+    )
 
 
 def project(hidden: Float[Tensor, "n D"], layer: OutputLayer) -> Float32[Tensor, "n V"]:
@@ -123,7 +153,7 @@ def distillation_sums(
 def mean_over_chunks(
     sums: Callable[..., Float32[Tensor, "losses"]],
     positions: tuple[Tensor, ...],
-    rest: tuple[OutputLayer | bool, ...],
+    rest: tuple[OutputLayer | float, ...],
     *,
     vocab_size: int,
     chunk_tokens: int | None,
