@@ -23,6 +23,7 @@ NAMES = [
     "Learning",
     "Placement",
     "PlanError",
+    "Pruning",
     "RefitOptions",
     "Settings",
     "SharingOptions",

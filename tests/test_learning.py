@@ -11,10 +11,11 @@ from headfuse.checkpoints.attention import attention_of, attention_replaced
 from headfuse.checkpoints.opened import LoadedModel
 from headfuse.checkpoints.registry import adapter_for
 from headfuse.conversion import Settings, aligned_heads, convert_heads, gather_statistics
+from headfuse.course import Course
 from headfuse.errors import ConfigError, PlanError, TextError
 from headfuse.fusion.objective import FusionObjective, SearchObjective
 from headfuse.fusion.operators import fold_heads, fuse_attention, fused_projections
-from headfuse.learning import ALIGNED, PAPER, Course, Learning, learn_heads, learning_for
+from headfuse.learning import ALIGNED, PAPER, Learning, learn_heads, learning_for
 from headfuse.planning import annealing
 from headfuse.planning.grouping import HeadGroups, contiguous_groups
 from headfuse.training.objectives import LanguageModelling

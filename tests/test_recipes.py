@@ -9,7 +9,9 @@ from typer.main import get_command
 from headfuse.cli import app
 from headfuse.errors import ConfigError
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "recipes"
+HEALING = [FOLDER / "teacher-sft.yaml"]  # recipes of `heal`; all others are of `convert`
+RECIPES = sorted(set(FOLDER.glob("*.yaml")) - set(HEALING))
 
 
 def context(recipe, *arguments, command="convert"):
@@ -21,6 +23,12 @@ def context(recipe, *arguments, command="convert"):
 def test_a_recipe_of_ours_parses_and_the_command_line_wins(recipe):
     assert context(recipe).params["kv"] == "25%"
     assert context(recipe, "--kv", "50%").params["kv"] == "50%"
+
+
+@pytest.mark.parametrize("recipe", HEALING, ids=lambda path: path.stem)
+def test_a_recipe_of_healing_parses_and_the_command_line_wins(recipe):
+    assert context(recipe, command="heal").params["rate"] == 1e-5
+    assert context(recipe, "--rate", "1e-4", command="heal").params["rate"] == 1e-4
 
 
 def test_values_have_the_types_of_the_options(tmp_path):

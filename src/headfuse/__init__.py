@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from headfuse.placement import Placement
     from headfuse.planning.budget import parse_budget
     from headfuse.planning.plan import HeadPlan, LayerPlan
+    from headfuse.pruning import Pruning
     from headfuse.sharing.methods import SharingOptions
     from headfuse.sharing.refit import RefitOptions
     from headfuse.training.options import TrainingOptions
@@ -54,6 +55,7 @@ _MODULES = {
     "placement": ("Placement",),
     "planning.budget": ("parse_budget",),
     "planning.plan": ("HeadPlan", "LayerPlan"),
+    "pruning": ("Pruning",),
     "sharing.methods": ("SharingOptions",),
     "sharing.refit": ("RefitOptions",),
     "training.options": ("TrainingOptions",),
@@ -74,6 +76,7 @@ __all__ = [
     "Learning",
     "Placement",
     "PlanError",
+    "Pruning",
     "RefitOptions",
     "Settings",
     "SharingOptions",

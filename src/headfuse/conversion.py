@@ -21,7 +21,7 @@ from headfuse.planning.plan import HeadPlan, Target
 from headfuse.precision import Precision, precision_context
 from headfuse.progress import Stages, silent
 from headfuse.sharing.methods import SharingMethod, SharingOptions, SourceLayer, group_layer, method_named
-from headfuse.sharing.procrustes import align, group_rotations, head_grams
+from headfuse.sharing.procrustes import Criterion, align, group_rotations, head_grams
 from headfuse.sharing.refit import RefitOptions, RefitReport, refit
 from headfuse.sharing.sensitivity import unit_costs
 from headfuse.statistics.collect import collect, memory_needed
@@ -199,13 +199,20 @@ def _groups(
 
 
 def aligned_heads(
-    loaded: LoadedModel, statistics: Sequence[LayerStatistics], groups: Sequence[HeadGroups]
+    loaded: LoadedModel,
+    statistics: Sequence[LayerStatistics],
+    groups: Sequence[HeadGroups],
+    *,
+    criterion: Criterion = "dist",
 ) -> list[AttentionHeads]:
-    """The model's heads with those of every group rotated onto each other (arXiv 2412.20677): the same function."""
+    """The model's heads with those of every group rotated onto each other (arXiv 2412.20677): the same function.
+
+    Keys behind a q/k norm stay as they are.
+    """
     found = []
     for heads, entry, group in zip(loaded.heads, statistics, groups, strict=True):
         layer = SourceLayer.of(heads, entry)
-        grams = head_grams(layer.moments, entry, "dist")
+        grams = head_grams(layer.moments, entry, criterion)
         rotations = group_rotations(grams, group, keys=heads.traits.qk_norm == "none")
         found.append(align(layer.heads.to(torch.float64), rotations).to(heads.q.dtype).on(heads.q.device))
     return found

@@ -26,9 +26,12 @@ from headfuse.manifest import fingerprint, identify, manifest, peak_memory
 from headfuse.models.dha.decoupled_attention import DecoupledAttention
 from headfuse.placement import Placement
 from headfuse.progress import Stages, silent
-from headfuse.training.batches import Batches, TrainingText, training_text
+from headfuse.teacher import load_teacher
+from headfuse.text.examples import holds_examples
+from headfuse.training.answers import objective_for
+from headfuse.training.batches import Batches, TrainingRows, training_rows
 from headfuse.training.loop import Trained, TrainingReport, check_length, train
-from headfuse.training.objectives import Objective, check_lm_weight, check_teacher, objective
+from headfuse.training.objectives import Objective, check_lm_weight
 from headfuse.training.options import TrainingOptions
 from headfuse.training.processes import Processes, processes
 from headfuse.training.run_folder import RunFolder, run_root
@@ -98,6 +101,8 @@ def heal(
 ) -> Healing | None:
     """Train the folder `converted` against `teacher` (None: on the text alone) into the new folder `out`.
 
+    Where `data` has prompts and answers, only answers are learned without a teacher (supervised fine-tuning, of a
+    converted model or of any other), and with one its predictions on prompts and answers (`AnswerDistillation`).
     With `teacher_top_k` the teacher runs over the text first, its likeliest tokens are kept on disk in the folder of
     the run, and it leaves the device before the student comes: for a teacher that does not fit beside it.
     The run lives in `run_folder` (by default OUT with `.run` behind it), from which the same command resumes after
@@ -110,6 +115,11 @@ def heal(
     root = run_folder or out.with_name(out.name + ".run")
     device, precision = (placement or Placement()).resolve()
     check_lm_weight(lm_weight)
+    if teacher_top_k is not None and holds_examples(data):
+        raise ConfigError(
+            f"wanted plain text to keep a teacher's likeliest tokens of, got the examples of {data}; leave "
+            "--teacher-top-k out"
+        )
     source = locate(str(converted))
     check_weights(source.folder)
     space = {"needed_bytes": source.weight_bytes}
@@ -119,14 +129,14 @@ def heal(
         with run_root(root, first=here.first):
             config, watching = load_config(source.folder), stages if here.first else silent
             check_length(config, options.length)
-            guide, identity = _teacher(teacher, config, here)
+            guide, identity = _teacher(teacher, source, config, here)
             text = _text(source, data, options, config.vocab_size, root, here)
             batches = Batches.of(text, options)
             if guide is not None and teacher_top_k is not None:
                 minimised = _recorded(guide, batches, root / "teacher", here, teacher_top_k, lm_weight, watching)
                 guide = None
             else:
-                minimised = objective(guide, lm_weight, compiled=options.compiled)
+                minimised = objective_for(text, guide, lm_weight, compiled=options.compiled)
             student = load_model(source, dtype=torch.float32, device=here.device)
             model = _identity(source) | {"sample": fingerprint(student)}
             recipe = {"model": model, "teacher": identity, "text": text.digest, "lm_weight": lm_weight}
@@ -160,16 +170,13 @@ def _check_folders(out: Path, root: Path, source: Source, *, overwrite: bool, ne
 
 
 def _teacher(
-    name: str | Path | None, student: PreTrainedConfig, here: Processes
+    name: str | Path | None, source: Source, student: PreTrainedConfig, here: Processes
 ) -> tuple[PreTrainedModel | None, dict[str, Any] | None]:
-    """The teacher in the precision that it computes in, and which one it is."""
+    """The teacher and which one it is."""
     if name is None:
         return None, None
-    source = locate(str(name))
-    check_weights(source.folder)
-    check_teacher(student, load_config(source.folder))
-    dtype = torch.bfloat16 if here.precision == "bf16" else torch.float32
-    return load_model(source, dtype=dtype, device=here.device), _identity(source)
+    found = load_teacher(name, student, load_tokenizer(source), device=here.device, precision=here.precision)
+    return found.model, found.identity
 
 
 def _recorded(
@@ -190,19 +197,14 @@ def _recorded(
 
 def _text(
     source: Source, data: str | None, options: TrainingOptions, vocabulary: int, root: Path, here: Processes
-) -> TrainingText:
-    """The training text, packed by the first process and then read by all."""
+) -> TrainingRows:
+    """The training text, packed by the first process and then read by all; examples are packed in memory by each."""
 
-    def read() -> TrainingText:
-        return training_text(
-            data,
-            load_tokenizer(source),
-            num_tokens=options.steps * options.step_tokens,
-            vocab_size=vocabulary,
-            seed=options.seed,
-            cache=root,
-        )
+    def read() -> TrainingRows:
+        return training_rows(data, load_tokenizer(source), options, vocab_size=vocabulary, cache=root)
 
+    if holds_examples(data):
+        return read()
     if here.first:
         root.mkdir(parents=True, exist_ok=True)
         read()

@@ -8,11 +8,10 @@ already lost what sharing costs, with a fusion stage or, with `fusion_share=0`, 
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,6 +23,7 @@ from headfuse.checkpoints.attention import attention_of, attention_replaced, hea
 from headfuse.checkpoints.heads import AttentionHeads
 from headfuse.checkpoints.opened import LoadedModel
 from headfuse.conversion import Converted, Settings, aligned_heads, groups_of_plan
+from headfuse.course import Course, Learned
 from headfuse.errors import ConfigError, PlanError
 from headfuse.fusion.objective import FusionObjective, Projections, SearchObjective
 from headfuse.fusion.operators import (
@@ -40,16 +40,13 @@ from headfuse.planning.annealing import anneal_groups
 from headfuse.planning.budget import head_plan, knapsack, uniform_counts
 from headfuse.planning.grouping import HeadGroups, contiguous_groups
 from headfuse.planning.layer_budget import allowed_counts, greedy_counts, knapsack_counts
-from headfuse.progress import Stages, silent
 from headfuse.statistics.moments import LayerStatistics
 from headfuse.statistics.similarity import cka
-from headfuse.training.batches import Batches, TrainingText
+from headfuse.training.batches import Batches, TrainingRows
 from headfuse.training.loop import Trained, TrainingReport, check_length, train
 from headfuse.training.objectives import Objective, check_lm_weight, objective
 from headfuse.training.optimizers import ParameterGroup
 from headfuse.training.options import TrainingOptions
-from headfuse.training.processes import Processes
-from headfuse.training.run_folder import RunFolder
 
 Start = Literal["original", "converted"]
 Grouping = Literal["annealed", "printed", "cka", "contiguous", "closed-form"]
@@ -195,34 +192,6 @@ def learning_for(
     )
 
 
-@dataclass(frozen=True)
-class Learned:
-    """A model with converted heads whose other weights were trained too; reports by stage."""
-
-    model: LoadedModel
-    converted: Converted
-    reports: dict[str, TrainingReport]
-
-    def with_heads(self) -> AbstractContextManager[Any]:
-        """Within the context, `model.model` computes the converted heads."""
-        return self.model.with_heads(self.converted.heads)
-
-
-@dataclass(frozen=True)
-class Course:
-    """What every stage of one run shares: the text, where it runs, where it is kept, who watches."""
-
-    text: TrainingText
-    here: Processes
-    root: Path | None = None
-    recipe: dict[str, Any] = field(default_factory=dict)
-    stages: Stages = silent
-
-    def run(self, stage: str) -> RunFolder | None:
-        """The run folder of a stage."""
-        return None if self.root is None else RunFolder(self.root / stage, self.recipe)
-
-
 def learn_heads(
     loaded: LoadedModel,
     settings: Settings,
@@ -316,7 +285,7 @@ def _check_counts(counts: Sequence[int], loaded: LoadedModel, settings: Settings
                 )
 
 
-def check_text(text: TrainingText, learning: Learning) -> None:
+def check_text(text: TrainingRows, learning: Learning) -> None:
     """Raise TextError, before any work, if the text is shorter than the budget and may not repeat."""
     Batches.of(text, learning.training)
 

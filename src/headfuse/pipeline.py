@@ -31,23 +31,29 @@ from headfuse.conversion import (
     gather_statistics,
     needs_unit_rows,
 )
-from headfuse.errors import CheckpointError
+from headfuse.course import Course, Learned
+from headfuse.errors import CheckpointError, ConfigError
 from headfuse.evaluation.cache_bytes import cache_report
+from headfuse.evaluation.exact_match import measure_exact_match
 from headfuse.evaluation.report import EvaluationReport
 from headfuse.evaluation.tasks import evaluate_tasks
 from headfuse.evaluation.text_loss import measure_text_loss
 from headfuse.folder import OutputFolder, check_output, writing
-from headfuse.learning import Course, Learned, Learning, check_learnable, check_text, learn_heads
+from headfuse.learning import Learning, check_learnable, learn_heads
 from headfuse.manifest import fingerprint, identify, manifest, peak_memory
 from headfuse.models.dha.export import export_code
 from headfuse.placement import Placement
 from headfuse.planning.plan import HeadPlan
+from headfuse.precision import Precision
 from headfuse.progress import Stages, silent
+from headfuse.pruning import Lesson, Pruning, check_prunable, prune_heads
 from headfuse.sharing.refit import RefitReport
 from headfuse.statistics.collect import load_statistics, save_statistics
 from headfuse.statistics.moments import LayerStatistics
+from headfuse.teacher import Teacher, load_teacher
+from headfuse.text.examples import load_examples
 from headfuse.text.rows import TokenRows, count_row_bytes, load_tokens
-from headfuse.training.batches import training_text
+from headfuse.training.batches import Batches, TrainingRows, training_rows, training_text
 from headfuse.training.loop import TrainingReport
 from headfuse.training.processes import Processes
 from headfuse.training.run_folder import run_root
@@ -104,7 +110,8 @@ def convert(
     settings: Settings | None = None,
     calibration: Calibration | None = None,
     *,
-    learning: Learning | None = None,
+    learning: Learning | Pruning | None = None,
+    teacher: str | Path | None = None,
     data: str | None = None,
     statistics_folder: Path | None = None,
     plan: Path | None = None,
@@ -116,9 +123,10 @@ def convert(
 ) -> Conversion:
     """Convert `model` (a folder, a Hub id, `demo` or `smollm2`) into the new folder `out`.
 
-    With `learning`, DHA's trained stages follow, on the tokens of `data` (a source as the calibration's; None: the same
-    text). They live in OUT with `.run` behind it, from which the same call resumes. It is removed at the end, and after
-    an error that came before the first checkpoint.
+    With `learning`, trained stages follow, DHA's or those of "Align before merging", on the tokens of `data` (a source
+    as the calibration's, for the latter also of prompts and answers; None: the calibration's). They live in OUT with
+    `.run` behind it, from which the same call resumes. It is removed at the end, and after an error that came before
+    the first checkpoint. A Pruning may have another `teacher` than the original.
 
     Raises a HeadfuseError, and leaves `out` as it was, for anything that a user can cause.
     """
@@ -140,25 +148,25 @@ def convert(
         stock = load_model(source, dtype=torch.float32, device=device)
         loaded = LoadedModel.of(stock, adapter_for(stock.config))
         check_reachable(loaded, settings, planned=planned is not None)
-        if learning is not None:
-            check_learnable(loaded, settings, learning, planned=planned is not None)
-        course = _course(source, data or calibration.source, settings, learning, stock, run_folder, stages)
+        _check_trainable(loaded, settings, learning, teacher, planned=planned is not None)
+        guide = None if teacher is None else _teacher(teacher, source, stock, precision)
+        course = _course(source, data or calibration.source, settings, learning, stock, guide, run_folder, stages)
         rows = _rows(source, calibration, settings.seed, stock.config.vocab_size)
         parity = {"split": _parity(stock, loaded, loaded.heads, rows.tokens)}
         shared = statistics = None
-        if learning is None or learning.start == "converted" or learning.grouping == "closed-form":
+        if not isinstance(learning, Learning) or learning.start == "converted" or learning.grouping == "closed-form":
             statistics = _statistics(loaded, rows, settings, source, statistics_folder, stages)
             seconds = {"load and statistics": time.monotonic() - started}
             shared = convert_heads(loaded, rows.tokens, settings, statistics=statistics, plan=planned, stages=stages)
         else:
             seconds = {"load": time.monotonic() - started}
-        learned = _learned(loaded, settings, learning, course, shared, statistics, folder)
+        learned = _learned(loaded, settings, learning, course, guide, shared, statistics, folder)
         loaded, converted = learned.model, learned.converted
         seconds |= {name: value for name, value in converted.seconds.items() if name != "statistics"}
         writing_started = time.monotonic()
         dtype = _stored_dtype(source)
         kv_bytes = _kv_bytes(loaded, converted, dtype)
-        _write(folder, loaded, converted, source, settings.method if learning is None else "dha", dtype, kv_bytes)
+        _write(folder, loaded, converted, source, _method(settings, learning), dtype, kv_bytes)
         parity["written"] = _written_parity(folder, loaded, converted, dtype, rows.tokens, device)
         seconds["write"] = time.monotonic() - writing_started
         seconds["total"] = time.monotonic() - started
@@ -183,13 +191,18 @@ def evaluate(
     tokens: int | None = 65536,
     length: int = 1024,
     tasks: Sequence[str] = (),
+    examples: str | None = None,
     limit: int | None = None,
     seed: int = 0,
     placement: Placement | None = None,
     stages: Stages = silent,
 ) -> EvaluationReport:
-    """Measure a model, stock or converted: text loss, distance to `against`, cache bytes, tasks."""
+    """Measure a model, stock or converted: text loss, distance to `against`, cache bytes, tasks, exact match.
+
+    `examples` is a source as `load_examples` takes it, of which the validation split is asked.
+    """
     device, precision = (placement or Placement()).resolve()
+    asked = [] if examples is None else load_examples(examples, "val")
     source = locate(str(model))
     check_weights(source.folder)
     judged = load_model(source, device=device)
@@ -210,14 +223,16 @@ def evaluate(
         judged, rows, reference=reference, row_bytes=row_bytes, precision=precision, progress=stages
     )
     found: dict[str, dict[str, Any]] = {}
-    if tasks:
+    matches: dict[str, dict[str, Any]] = {}
+    if tasks or asked:
         if tokenizer is None:
             raise CheckpointError(
                 f"{source.folder}: tasks want a tokenizer, the folder has none; copy it into the folder"
             )
         found = evaluate_tasks(judged, tokenizer, tasks, precision=precision, limit=limit, progress=stages)
+        matches = measure_exact_match(judged, tokenizer, asked, precision=precision, limit=limit, progress=stages)
     cache = cache_report(judged.to(_stored_dtype(source)))  # type: ignore[arg-type]
-    return EvaluationReport(model=source.public_name, text=loss.as_dict(), cache=cache, tasks=found)
+    return EvaluationReport(source.public_name, loss.as_dict(), cache, found, matches)
 
 
 def _rows(source: Source, calibration: Calibration, seed: int, vocab_size: int) -> TokenRows:
@@ -233,32 +248,60 @@ def _rows(source: Source, calibration: Calibration, seed: int, vocab_size: int) 
     )
 
 
+def _method(settings: Settings, learning: Learning | Pruning | None) -> str:
+    """The name of what was done, as `--method` has it."""
+    if learning is None:
+        return settings.method
+    return "align" if isinstance(learning, Pruning) else "dha"
+
+
+def _check_trainable(
+    loaded: LoadedModel,
+    settings: Settings,
+    learning: Learning | Pruning | None,
+    teacher: str | Path | None,
+    *,
+    planned: bool,
+) -> None:
+    if isinstance(learning, Pruning):
+        check_prunable(loaded, settings, learning, planned=planned)
+    elif teacher is not None:
+        raise ConfigError("wanted no teacher but the original, unless method align trains; leave the teacher out")
+    elif learning is not None:
+        check_learnable(loaded, settings, learning, planned=planned)
+
+
+def _teacher(name: str | Path, source: Source, stock: PreTrainedModel, precision: Precision) -> Teacher:
+    return load_teacher(name, stock.config, load_tokenizer(source), device=stock.device, precision=precision)
+
+
 def _course(
     source: Source,
     data: str | None,
     settings: Settings,
-    learning: Learning | None,
+    learning: Learning | Pruning | None,
     stock: PreTrainedModel,
+    teacher: Teacher | None,
     run_folder: Path,
     stages: Stages,
 ) -> Course | None:
     """Where the trained stages run, on what text, and what must be the same for them to be resumed."""
     if learning is None:
         return None
-    text = training_text(
-        data,
-        load_tokenizer(source),
-        num_tokens=learning.training.tokens,
-        vocab_size=stock.config.vocab_size,
-        seed=learning.training.seed,
-        cache=run_folder,
-    )
-    check_text(text, learning)
+    tokenizer, training, size = load_tokenizer(source), learning.training, stock.config.vocab_size
+    text: TrainingRows
+    if isinstance(learning, Pruning):
+        text = training_rows(data, tokenizer, training, vocab_size=size, cache=run_folder)
+    else:
+        amount = {"num_tokens": training.tokens, "vocab_size": size, "seed": training.seed}
+        text = training_text(data, tokenizer, **amount, cache=run_folder)
+    Batches.of(text, training)  # too short a text is refused before any work
     recipe = {
         "model": identify(source.folder, name=source.public_name).model_dump() | {"sample": fingerprint(stock)},
         "text": text.digest,
         "settings": asdict(settings),
         "learning": asdict(learning),
+        "teacher": None if teacher is None else teacher.identity,
     }
     return Course(text, Processes(stock.device, settings.precision), run_folder, recipe, stages)
 
@@ -266,8 +309,9 @@ def _course(
 def _learned(
     loaded: LoadedModel,
     settings: Settings,
-    learning: Learning | None,
+    learning: Learning | Pruning | None,
     course: Course | None,
+    teacher: Teacher | None,
     shared: Converted | None,
     statistics: Sequence[LayerStatistics] | None,
     folder: OutputFolder,
@@ -277,7 +321,13 @@ def _learned(
         assert shared is not None
         return Learned(loaded, shared, {})
     started = time.monotonic()
-    learned = learn_heads(loaded, settings, learning, course, converted=shared, statistics=statistics)
+    if isinstance(learning, Pruning):
+        assert shared is not None
+        lesson = Lesson.of(course.text, learning, loaded.model if teacher is None else teacher.model)
+        made = {"converted": shared, "statistics": statistics}
+        learned = prune_heads(loaded, settings, learning, course, lesson, **made)
+    else:
+        learned = learn_heads(loaded, settings, learning, course, converted=shared, statistics=statistics)
     for stage in learned.reports:
         run = course.run(stage)
         assert run is not None

@@ -82,10 +82,16 @@ def test_families_without_grouped_query_attention_go_to_dha_only(family, tmp_pat
 def test_qk_norm_is_told_of_methods_that_would_align_keys(family, tmp_path):
     description = described(tmp_path, family)
     assert note(description, "mean-pool", "gqa") == (True, "")
-    for method in ("procrustes", "closed-form"):
+    for method in ("procrustes", "closed-form", "align"):
         applies, caveat = note(description, method, "gqa")
         assert applies
         assert "keys are not aligned" in caveat
+
+
+def test_align_ends_as_a_stock_checkpoint(tmp_path):
+    description = described(tmp_path, "llama")
+    assert note(description, "align", "gqa") == (True, "")
+    assert note(description, "align", "dha") == (False, "it ends as a stock checkpoint; use --target gqa")
 
 
 def test_clipping_and_norms_after_the_attention_are_told(tmp_path):

@@ -16,9 +16,9 @@ from headfuse.checkpoints.source import Source
 from headfuse.errors import UnsupportedArchitectureError
 from headfuse.models.dha.decoupled_attention import AttentionShape
 
-Method = Literal["mean-pool", "procrustes", "closed-form", "dha"]
+Method = Literal["mean-pool", "procrustes", "closed-form", "dha", "align"]
 Target = Literal["gqa", "dha"]
-METHODS: tuple[Method, ...] = ("mean-pool", "procrustes", "closed-form", "dha")
+METHODS: tuple[Method, ...] = ("mean-pool", "procrustes", "closed-form", "dha", "align")
 TARGETS: tuple[Target, ...] = ("gqa", "dha")
 PERCENTS = (50.0, 25.0, 12.5)
 # Written once more in the file where the embedding is tied.
@@ -172,17 +172,19 @@ def _cache(shapes: Sequence[AttentionShape], adapter: Adapter, percent: float, e
 def _applicability(
     method: Method, target: Target, adapter: Adapter, shapes: Sequence[AttentionShape], refusal: str | None
 ) -> Applicability:
-    obstacle = refusal or _obstacle(target, adapter, shapes)
+    obstacle = refusal or _obstacle(method, target, adapter, shapes)
     if obstacle:
         return Applicability(method=method, target=target, applies=False, note=obstacle)
     return Applicability(method=method, target=target, applies=True, note=_caveat(method, adapter, shapes[0]))
 
 
-def _obstacle(target: Target, adapter: Adapter, shapes: Sequence[AttentionShape]) -> str | None:
+def _obstacle(method: Method, target: Target, adapter: Adapter, shapes: Sequence[AttentionShape]) -> str | None:
     if all(shape.num_key_heads == shape.num_value_heads == 1 for shape in shapes):
         return "one key and one value head in every layer already: nothing to share"
     if target == "gqa" and not adapter.stock_gqa:
         return f"transformers' {adapter.family} class has one key/value head per query head; use --target dha"
+    if method == "align" and target == "dha":
+        return "it ends as a stock checkpoint; use --target gqa"
     return None
 
 

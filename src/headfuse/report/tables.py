@@ -129,6 +129,8 @@ def evaluation_table(found: "EvaluationReport") -> str:
     for task, values in found.tasks.items():
         accuracy = next((values[key] for key in ("accuracy", "acc,none") if key in values), None)
         facts.append((task, "-" if accuracy is None else f"accuracy {accuracy:.4f}"))
+    for task, values in found.exact_match.items():
+        facts.append((task, f"exact match {values['exact_match']:.4f}"))
     width = max(len(name) for name, _ in facts)
     return "\n".join([found.model, *(f"  {name:<{width}}  {value}" for name, value in facts)])
 

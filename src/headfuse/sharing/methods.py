@@ -24,12 +24,14 @@ LARGEST_GRAM_ON_CPU = 1024
 class SharingOptions:
     """What the papers' methods leave open: align.md's `criterion` and grouping item, GQA's norm restoration.
 
-    `restore_norm` scales a pooled head back to its members' mean energy (neither paper does).
+    `restore_norm` scales a pooled head back to its members' mean energy (neither paper does). Without `align`,
+    procrustes groups heads by their similarity after rotation and pools them as they are: what regrouping alone earns.
     """
 
     criterion: Literal["dist", "cos"] = "dist"
     group_on: Literal["value", "key", "none"] = "value"
     restore_norm: bool = False
+    align: bool = True
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class Procrustes:
         return procrustes_price(head_grams(layer.moments, layer.statistics, options.criterion), options.group_on)
 
     def share(self, layer: SourceLayer, groups: HeadGroups, options: SharingOptions) -> AttentionHeads:  # noqa: D102
+        if not options.align:
+            return mean_pool(layer.heads, layer.moments, groups, restore_norm=options.restore_norm)
         grams = head_grams(layer.moments, layer.statistics, options.criterion)
         return procrustes(layer.heads, layer.moments, grams, groups, restore_norm=options.restore_norm)
 
