@@ -12,6 +12,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Triton kernels run in its interpreter where there is no GPU. Before triton is imported (transformers does): its own
+# functions read this once.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 settings.register_profile("ci", max_examples=25, derandomize=True, deadline=None)
 settings.register_profile("nightly", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
