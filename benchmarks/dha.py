@@ -46,7 +46,7 @@ BUDGETS = {"0": 0, "41k": 41_000, "206k": 206_000, "1.03M": 1_030_000, "4M": 4_0
 LENGTH = 512
 COMPILED_FROM = 100_000_000  # tokens from which compiling pays beside capturing
 CURVE_POINTS = 30
-SPEED_ROWS, SPEED_STEPS = 128, 120
+SPEED_ROWS, SPEED_STEPS = 128, 60
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,8 @@ class Bench:
             "update": learning.training.update,
             "lm_weight": learning.lm_weight,
             "step_tokens": learning.training.step_tokens,
+            "compiled": learning.training.compiled,
+            "captured": learning.training.captured,
             "ce": loss,
             "delta_ce": loss - self.base,
             "key_heads": [layer.num_key_heads for layer in heads],
@@ -290,7 +292,7 @@ def speed_cases(options: argparse.Namespace) -> Iterator[Case]:
     }
     for name in options.ways.split(",") if options.ways else ways:
         kv, way = ways[name]
-        yield Case("speed", name, way, kv, "4M", 0, training | {"compiled": True})
+        yield Case("speed", name, way, kv, "4M", 0, training | {"compiled": options.compile})
 
 
 def grouping_cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -380,6 +382,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", type=float)
     parser.add_argument("--update", choices=["adamw", "muon"])
     parser.add_argument("--lm-weight", type=float, help="share of language-model loss in healing, for all ways")
+    parser.add_argument("--compile", action="store_true", help="speed: compile blocks and losses")
     parser.add_argument("--eager", action="store_true", help="do not capture steps as CUDA graphs")
     parser.add_argument("--device")
     parser.add_argument("--precision")
