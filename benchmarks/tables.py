@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/dha.md from benchmarks/results: `python benchmarks/tables.py [--check]`."""
+"""Write the tables of README.md and docs/ from benchmarks/results: `python benchmarks/tables.py [--check]`."""
 
 import json
 import math
@@ -14,9 +14,10 @@ from headfuse.report.tables import demonstration_table, markdown
 from headfuse.sharing.refit import RefitOptions
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "dha.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("dha.md", "align.md")))
 RESULTS = Path(__file__).parent / "results"
 
+BUDGETS = ["0", "41k", "206k", "1.03M", "4M", "16M"]
 REFIT_STEPS = RefitOptions().steps
 
 Row = dict[str, Any]
@@ -134,6 +135,32 @@ def ablation(rows: Sequence[Row]) -> str:
     )
 
 
+def speed(rows: Sequence[Row]) -> str:
+    """Tokens a second of a stage, and the share of the device's peak."""
+    lines = []
+    for row in rows:
+        if row["table"] == "speed":
+            (stage,) = row["stages"].values()
+            how = " and ".join(name for name in ("captured", "compiled") if row[name])
+            lines.append([row["method"], how, f"{stage['tokens_per_second']:,.0f}", f"{stage['mfu']:.0%}"])
+    return markdown(["stage", "steps", "tokens/s", "MFU"], lines)
+
+
+def arms(rows: Sequence[Row]) -> str:
+    """Delta CE of the arms of alignment by start, without gates and with them."""
+    columns = list(dict.fromkeys((row["kv"], row["budget"], row["gates"]) for row in rows))
+    columns.sort(key=lambda column: (-float(column[0].rstrip("%")), BUDGETS.index(column[1]), column[2]))
+    found: dict[str, dict[tuple[str, str, bool], list[float]]] = {}
+    for row in rows:
+        cells = found.setdefault(row["method"].removesuffix(" + gates"), {})
+        cells.setdefault((row["kv"], row["budget"], row["gates"]), []).append(row["delta_ce"])
+    best = sorted(found.items(), key=lambda item: min(map(min, item[1].values())))
+    names = [f"{kv}, {budget}{', gates' * gates}" for kv, budget, gates in columns]
+    return markdown(
+        ["start", *names], [[way, *(_mean(cells.get(column, [])) for column in columns)] for way, cells in best]
+    )
+
+
 def _trained_way(row: Row) -> str:
     return f"{row['method']}{', next-token loss' if row['lm_weight'] == 1 else ''}"
 
@@ -152,6 +179,8 @@ TABLES = {
     "tokens": ("dha.json", tokens),
     "trained": ("dha.json", trained),
     "ablation": ("dha.json", ablation),
+    "speed": ("dha.json", speed),
+    "arms": ("align.json", arms),
 }
 
 if __name__ == "__main__":
