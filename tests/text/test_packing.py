@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from headfuse.errors import TextError
 from headfuse.models.dha import DHA_CLASSES
 from headfuse.text.packing import PackedRows, first_fit, pack, packed_examples
-from headfuse.training.objectives import last_hidden, project
+from headfuse.training.chunked_loss import project
+from headfuse.training.objectives import last_hidden
 from made_examples import encoded
 from pico import FAMILIES, VOCABULARY, every_case, every_family, logits_of, pico
 from tiny_tokenizer import VOCABULARY as TINY_VOCABULARY

@@ -139,7 +139,7 @@ def test_the_default_chunk_follows_the_vocabulary(monkeypatch):
         sizes.append(len(targets))
         return language_sums(targets, *rest)
 
-    monkeypatch.setattr("headfuse.training.objectives.CHUNK_BYTES", 4 * VOCABULARY * 10)
+    monkeypatch.setattr("headfuse.training.chunked_loss.CHUNK_BYTES", 4 * VOCABULARY * 10)
     with torch.no_grad():
         LanguageModelling(sums=noting)(pico("llama"), tokens(ROWS, LENGTH + 1))
     assert sizes == [9, 9, 9]

@@ -17,17 +17,8 @@ from transformers import PreTrainedModel
 from headfuse.errors import ConfigError
 from headfuse.text.packing import PackedExamples, PackedRows
 from headfuse.training.batches import TrainingRows
-from headfuse.training.objectives import (
-    Losses,
-    Objective,
-    OutputLayer,
-    check_lm_weight,
-    last_hidden,
-    mean_over_chunks,
-    objective,
-    project,
-    weighted,
-)
+from headfuse.training.chunked_loss import OutputLayer, mean_over_chunks, project
+from headfuse.training.objectives import Losses, Objective, check_lm_weight, last_hidden, objective
 
 
 def bild(
@@ -105,11 +96,9 @@ class AnswerModelling:
         """The loss on a batch."""
         rows = PackedRows.of(tokens)
         hidden, layer = last_hidden(model, rows.tokens, rows.positions)
-        positions = (_targets(rows.tokens), _targets(rows.answer), hidden)
-        (lm,) = mean_over_chunks(
-            self.sums, positions, (layer,), vocab_size=len(layer.weight), chunk_tokens=self.chunk_tokens
-        )
-        return Losses(lm, {"lm": lm.detach()})
+        positions = (_targets(rows.tokens), _targets(rows.answer))
+        found = mean_over_chunks(self.sums, positions, hidden, layer, shares=(1.0,), chunk_tokens=self.chunk_tokens)
+        return Losses(found.total, {"lm": found.parts[0]})
 
 
 @dataclass(frozen=True)
@@ -147,15 +136,20 @@ class AnswerDistillation:
             teacher_hidden, teacher_layer = last_hidden(self.teacher, rows.tokens, rows.positions)
         hidden, layer = last_hidden(model, rows.tokens, rows.positions)
         weights = (_targets(each) for each in (rows.prompt, rows.answer, rows.sample))
-        lm, kl, apart = mean_over_chunks(
+        found = mean_over_chunks(
             self.sums,
-            (_targets(rows.tokens), *weights, teacher_hidden, hidden),
-            (layer, teacher_layer, self.k, self.temperature, self.lm_weight > 0),
-            vocab_size=len(layer.weight),
+            (_targets(rows.tokens), *weights, teacher_hidden),
+            hidden,
+            layer,
+            teacher_layer,
+            self.k,
+            self.temperature,
+            self.lm_weight > 0,
+            shares=(self.lm_weight, 1 - self.lm_weight, 1 - self.lm_weight),
             chunk_tokens=self.chunk_tokens,
         )
-        logged = {"lm": lm.detach(), "kl": kl.detach(), "bild": apart.detach()}
-        return Losses(weighted(lm, kl + apart, self.lm_weight), logged)
+        lm, kl, apart = found.parts
+        return Losses(found.total, {"lm": lm, "kl": kl, "bild": apart})
 
 
 def objective_for(

@@ -1,30 +1,27 @@
 """What training minimises: next-token cross-entropy, or the distance from a teacher's next-token distribution.
 
-The logits of a batch, B x T x V, never exist whole. The decoder runs once; the output projection and the loss run over
-chunks of its B * T positions, and each chunk is checkpointed, so that the backward pass recomputes and holds one
-chunk's logits at a time. n is the positions of a chunk, D the hidden size, V the vocabulary. Losses are in nats, mean
-per predicted token, in fp32 whatever the precision of the matrix products.
+The decoder runs once; the output projection and the loss run over chunks of its B * T positions (`chunked_loss`). n is
+the positions of a chunk, D the hidden size, V the vocabulary. Losses are in nats, mean per predicted token, in fp32
+whatever the precision of the matrix products.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from headfuse.errors import ConfigError
+from headfuse.training.chunked_loss import OutputLayer, mean_over_chunks, project
 
-# The fp32 logits of one chunk of positions stay below this; a loss keeps about six tensors of that size.
-CHUNK_BYTES = 2**28
 # The name under which transformers knows attention without a mask.
 WHOLE_ROWS = "headfuse_whole_rows"
 # Settings of families whose logits are more than the output layer applied to the last hidden states.
@@ -48,14 +45,6 @@ class Objective(Protocol):
     def __call__(self, model: PreTrainedModel, tokens: Int64[Tensor, "B ... T+1"]) -> Losses:
         """The losses on a batch, of which `total` has gradients."""
         ...
-
-
-class OutputLayer(NamedTuple):
-    """The projection from hidden states to logits, and the dtype in which it multiplies."""
-
-    weight: Float[Tensor, "V D"]
-    bias: Float[Tensor, "V"] | None
-    dtype: torch.dtype
 
 
 @contextmanager
@@ -116,13 +105,6 @@ def mask_of_texts(positions: Int64[Tensor, "B T"], *, additive: bool) -> Tensor:
     )
 
 
-def project(hidden: Float[Tensor, "n D"], layer: OutputLayer) -> Float32[Tensor, "n V"]:
-    """The logits of a chunk."""
-    # Cast here and not by autocast, whose cache would add up the chunks' gradients of the weight in bf16.
-    bias = None if layer.bias is None else layer.bias.to(layer.dtype)
-    return F.linear(hidden.to(layer.dtype), layer.weight.to(layer.dtype), bias).float()
-
-
 def language_sums(
     targets: Int64[Tensor, "n"], hidden: Float[Tensor, "n D"], layer: OutputLayer
 ) -> Float32[Tensor, "1"]:
@@ -150,26 +132,6 @@ def distillation_sums(
     return torch.stack([lm, kl])
 
 
-def mean_over_chunks(
-    sums: Callable[..., Float32[Tensor, "losses"]],
-    positions: tuple[Tensor, ...],
-    rest: tuple[OutputLayer | float, ...],
-    *,
-    vocab_size: int,
-    chunk_tokens: int | None,
-) -> Float32[Tensor, "losses"]:
-    """`sums(*chunk, *rest)` over chunks of `positions`, added up and divided by the number of positions.
-
-    Chunks are of equal size, or differ by one, so that a compiled function sees few shapes.
-    """
-    count = len(positions[0])
-    size = chunk_tokens or max(1, CHUNK_BYTES // (4 * vocab_size))
-    chunks = zip(*(torch.tensor_split(one, -(-count // size)) for one in positions), strict=True)
-    # Nothing in a chunk is random.
-    parts = [checkpoint(sums, *chunk, *rest, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    return torch.stack(parts).sum(0) / count  # type: ignore[arg-type]  checkpoint returns what `sums` does
-
-
 @dataclass(frozen=True)
 class LanguageModelling:
     """Mean next-token cross-entropy.
@@ -185,11 +147,9 @@ class LanguageModelling:
     def __call__(self, model: PreTrainedModel, tokens: Int64[Tensor, "B T+1"]) -> Losses:
         """The loss on a batch."""
         hidden, layer = last_hidden(model, tokens)
-        positions = (tokens[:, 1:].flatten(), hidden)
-        (lm,) = mean_over_chunks(
-            self.sums, positions, (layer,), vocab_size=len(layer.weight), chunk_tokens=self.chunk_tokens
-        )
-        return Losses(lm, {"lm": lm.detach()})
+        positions = (tokens[:, 1:].flatten(),)
+        found = mean_over_chunks(self.sums, positions, hidden, layer, shares=(1.0,), chunk_tokens=self.chunk_tokens)
+        return Losses(found.total, {"lm": found.parts[0]})
 
 
 @dataclass(frozen=True)
@@ -216,12 +176,18 @@ class Distillation:
         with torch.no_grad():
             teacher_hidden, teacher_layer = last_hidden(self.teacher, tokens)
         hidden, layer = last_hidden(model, tokens)
-        positions = (tokens[:, 1:].flatten(), teacher_hidden, hidden)
-        rest = (layer, teacher_layer, self.lm_weight > 0)
-        lm, kl = mean_over_chunks(
-            self.sums, positions, rest, vocab_size=len(layer.weight), chunk_tokens=self.chunk_tokens
+        found = mean_over_chunks(
+            self.sums,
+            (tokens[:, 1:].flatten(), teacher_hidden),
+            hidden,
+            layer,
+            teacher_layer,
+            self.lm_weight > 0,
+            shares=(self.lm_weight, 1 - self.lm_weight),
+            chunk_tokens=self.chunk_tokens,
         )
-        return Losses(weighted(lm, kl, self.lm_weight), {"lm": lm.detach(), "kl": kl.detach()})
+        lm, kl = found.parts
+        return Losses(found.total, {"lm": lm, "kl": kl})
 
 
 def objective(teacher: PreTrainedModel | None, lm_weight: float, *, compiled: bool = False) -> Objective:
@@ -234,11 +200,6 @@ def objective(teacher: PreTrainedModel | None, lm_weight: float, *, compiled: bo
     if teacher is None or lm_weight == 1:
         return LanguageModelling(sums=compiling(language_sums))
     return Distillation(teacher, lm_weight=lm_weight, sums=compiling(distillation_sums))
-
-
-def weighted(lm: Tensor, kl: Tensor, lm_weight: float) -> Tensor:
-    """`lm_weight * lm + (1 - lm_weight) * kl`."""
-    return lm_weight * lm + (1 - lm_weight) * kl
 
 
 def check_lm_weight(lm_weight: float) -> None:

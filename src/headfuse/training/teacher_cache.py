@@ -25,16 +25,8 @@ from headfuse.manifest import fingerprint
 from headfuse.precision import precision_context
 from headfuse.progress import Stages, silent
 from headfuse.training.batches import Batches
-from headfuse.training.objectives import (
-    CHUNK_BYTES,
-    Losses,
-    OutputLayer,
-    check_lm_weight,
-    last_hidden,
-    mean_over_chunks,
-    project,
-    weighted,
-)
+from headfuse.training.chunked_loss import CHUNK_BYTES, OutputLayer, mean_over_chunks, project
+from headfuse.training.objectives import Losses, check_lm_weight, last_hidden
 from headfuse.training.processes import Processes
 
 DESCRIPTION = "teacher.json"
@@ -158,11 +150,17 @@ class TopKDistillation:
                 f"{self.folder}: wanted entries of a teacher with the student's {vocab_size} tokens, got "
                 f"{self._vocab_size}; use the model that the student was converted from"
             )
-        positions = (tokens[:, 1:].flatten(), *entries, hidden)
-        lm, kl = mean_over_chunks(
-            self.sums, positions, (layer, self.lm_weight > 0), vocab_size=vocab_size, chunk_tokens=self.chunk_tokens
+        found = mean_over_chunks(
+            self.sums,
+            (tokens[:, 1:].flatten(), *entries),
+            hidden,
+            layer,
+            self.lm_weight > 0,
+            shares=(self.lm_weight, 1 - self.lm_weight),
+            chunk_tokens=self.chunk_tokens,
         )
-        return Losses(weighted(lm, kl, self.lm_weight), {"lm": lm.detach(), "kl_top_k": kl.detach()})
+        lm, kl = found.parts
+        return Losses(found.total, {"lm": lm, "kl_top_k": kl})
 
     def _entries(self, tokens: Int64[Tensor, "B T+1"]) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids `[B * T, k]`, their log-probabilities, and the log of the rest `[B * T]`, in the rows' order."""
