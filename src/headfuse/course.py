@@ -8,10 +8,12 @@ from typing import Any
 from headfuse.checkpoints.opened import LoadedModel
 from headfuse.conversion import Converted
 from headfuse.progress import Stages, silent
-from headfuse.training.batches import TrainingRows
-from headfuse.training.loop import TrainingReport
+from headfuse.training.batches import Batches, TrainingRows
+from headfuse.training.loop import NOWHERE, Trained, TrainingReport, train
+from headfuse.training.options import TrainingOptions
 from headfuse.training.processes import Processes
 from headfuse.training.run_folder import RunFolder
+from headfuse.training.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,14 @@ class Course:
     here: Processes
     root: Path | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
+    trackers: Trackers = NOWHERE
     stages: Stages = silent
 
     def run(self, stage: str) -> RunFolder | None:
         """The run folder of a stage."""
         return None if self.root is None else RunFolder(self.root / stage, self.recipe)
+
+    def train(self, trained: Trained, batches: Batches, options: TrainingOptions, stage: str) -> TrainingReport:
+        """Train a stage in place. Raises what `train` raises."""
+        watching = {"trackers": self.trackers, "stages": self.stages}
+        return train(trained, batches, options, self.here, run=self.run(stage), name=stage, **watching)

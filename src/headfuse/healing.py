@@ -30,12 +30,13 @@ from headfuse.teacher import load_teacher
 from headfuse.text.examples import holds_examples
 from headfuse.training.answers import objective_for
 from headfuse.training.batches import Batches, TrainingRows, training_rows
-from headfuse.training.loop import Trained, TrainingReport, check_length, train
+from headfuse.training.loop import NOWHERE, Trained, TrainingReport, check_length, train
 from headfuse.training.objectives import Objective, check_lm_weight
 from headfuse.training.options import TrainingOptions
 from headfuse.training.processes import Processes, processes
 from headfuse.training.run_folder import RunFolder, run_root
 from headfuse.training.teacher_cache import TopKDistillation, top_k_teacher
+from headfuse.training.trackers import Trackers
 
 # The rate that did best behind a refit on the 30M reference (LOG.md).
 HEALING = TrainingOptions(rate=1e-4)
@@ -69,6 +70,7 @@ def heal_model(
     *,
     teacher: PreTrainedModel | None = None,
     run: RunFolder | None = None,
+    trackers: Trackers = NOWHERE,
     stages: Stages = silent,
 ) -> TrainingReport:
     """Train all weights of `student` in place. `teacher` is the one in the objective. Raises what `train` raises."""
@@ -77,7 +79,7 @@ def heal_model(
             module.place_maps()
     teaching = () if teacher is None else list(_blocks(teacher))
     trained = Trained(student, _blocks(student), minimised, teacher=teacher, teacher_blocks=teaching)
-    return train(trained, batches, options, here, run=run, name="healing", stages=stages)
+    return train(trained, batches, options, here, run=run, name="healing", trackers=trackers, stages=stages)
 
 
 def _blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -97,6 +99,7 @@ def heal(
     placement: Placement | None = None,
     overwrite: bool = False,
     command: Sequence[str] = (),
+    trackers: Trackers = NOWHERE,
     stages: Stages = silent,
 ) -> Healing | None:
     """Train the folder `converted` against `teacher` (None: on the text alone) into the new folder `out`.
@@ -138,11 +141,21 @@ def heal(
             else:
                 minimised = objective_for(text, guide, lm_weight, compiled=options.compiled)
             student = load_model(source, dtype=torch.float32, device=here.device)
+            recipe = {"teacher": identity, "text": text.digest, "lm_weight": lm_weight, "teacher_top_k": teacher_top_k}
             model = _identity(source) | {"sample": fingerprint(student)}
-            recipe = {"model": model, "teacher": identity, "text": text.digest, "lm_weight": lm_weight}
-            run = RunFolder(root, recipe | {"teacher_top_k": teacher_top_k})
+            run = RunFolder(root, {"model": model} | recipe)
             seconds = {"load": time.monotonic() - started}
-            report = heal_model(student, minimised, batches, options, here, teacher=guide, run=run, stages=watching)
+            report = heal_model(
+                student,
+                minimised,
+                batches,
+                options,
+                here,
+                teacher=guide,
+                run=run,
+                trackers=trackers,
+                stages=watching,
+            )
             seconds["training"] = time.monotonic() - started - seconds["load"]
             state = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
             if here.first:

@@ -43,7 +43,7 @@ from headfuse.planning.layer_budget import allowed_counts, greedy_counts, knapsa
 from headfuse.statistics.moments import LayerStatistics
 from headfuse.statistics.similarity import cka
 from headfuse.training.batches import Batches, TrainingRows
-from headfuse.training.loop import Trained, TrainingReport, check_length, train
+from headfuse.training.loop import Trained, TrainingReport, check_length
 from headfuse.training.objectives import Objective, check_lm_weight, objective
 from headfuse.training.optimizers import ParameterGroup
 from headfuse.training.options import TrainingOptions
@@ -463,7 +463,7 @@ class _Run:
         course = self.course
         # No stage repeats another's order of the text.
         batches = Batches.of(course.text, replace(options, seed=options.seed + len(self.reports)))
-        report = train(trained, batches, options, course.here, run=course.run(stage), name=stage, stages=course.stages)
+        report = course.train(trained, batches, options, stage)
         self.reports[stage] = report
         self.tokens_left -= report.tokens
 

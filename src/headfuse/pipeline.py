@@ -54,9 +54,10 @@ from headfuse.teacher import Teacher, load_teacher
 from headfuse.text.examples import load_examples
 from headfuse.text.rows import TokenRows, count_row_bytes, load_tokens
 from headfuse.training.batches import Batches, TrainingRows, training_rows, training_text
-from headfuse.training.loop import TrainingReport
-from headfuse.training.processes import Processes
+from headfuse.training.loop import NOWHERE, TrainingReport
+from headfuse.training.processes import Processes, check_alone
 from headfuse.training.run_folder import run_root
+from headfuse.training.trackers import Trackers
 
 # Logits of the split and of the written model may differ from their references by this, relative to the largest.
 PARITY_TOLERANCE = 1e-4
@@ -119,6 +120,7 @@ def convert(
     allow_pickle: bool = False,
     overwrite: bool = False,
     command: Sequence[str] = (),
+    trackers: Trackers = NOWHERE,
     stages: Stages = silent,
 ) -> Conversion:
     """Convert `model` (a folder, a Hub id, `demo` or `smollm2`) into the new folder `out`.
@@ -131,14 +133,14 @@ def convert(
     Raises a HeadfuseError, and leaves `out` as it was, for anything that a user can cause.
     """
     started = time.monotonic()
+    check_alone()
     settings, calibration = settings or Settings(), calibration or Calibration()
     device, precision = (placement or Placement()).resolve()
-    settings = replace(settings, precision=precision)
     source = locate(str(model), allow_pickle=allow_pickle)
     check_checkpoint(source.folder, allow_pickle=allow_pickle)
     planned = None if plan is None else HeadPlan.load(plan)
-    if planned is not None:
-        settings = replace(settings, target=planned.target)
+    target = settings.target if planned is None else planned.target
+    settings = replace(settings, precision=precision, target=target)
     run_folder = Path(out).with_name(Path(out).name + ".run")
     check_output(Path(out), overwrite=overwrite, needed_bytes=source.weight_bytes, source=source.folder)
     with (
@@ -150,7 +152,8 @@ def convert(
         check_reachable(loaded, settings, planned=planned is not None)
         _check_trainable(loaded, settings, learning, teacher, planned=planned is not None)
         guide = None if teacher is None else _teacher(teacher, source, stock, precision)
-        course = _course(source, data or calibration.source, settings, learning, stock, guide, run_folder, stages)
+        course = _course(source, data or calibration.source, settings, learning, stock, guide, run_folder)
+        course = None if course is None else replace(course, trackers=trackers, stages=stages)
         rows = _rows(source, calibration, settings.seed, stock.config.vocab_size)
         parity = {"split": _parity(stock, loaded, loaded.heads, rows.tokens)}
         shared = statistics = None
@@ -283,7 +286,6 @@ def _course(
     stock: PreTrainedModel,
     teacher: Teacher | None,
     run_folder: Path,
-    stages: Stages,
 ) -> Course | None:
     """Where the trained stages run, on what text, and what must be the same for them to be resumed."""
     if learning is None:
@@ -303,7 +305,7 @@ def _course(
         "learning": asdict(learning),
         "teacher": None if teacher is None else teacher.identity,
     }
-    return Course(text, Processes(stock.device, settings.precision), run_folder, recipe, stages)
+    return Course(text, Processes(stock.device, settings.precision), run_folder, recipe)
 
 
 def _learned(

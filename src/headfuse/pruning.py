@@ -31,7 +31,7 @@ from headfuse.models.dha.decoupled_attention import DecoupledAttention
 from headfuse.statistics.moments import LayerStatistics
 from headfuse.training.answers import objective_for
 from headfuse.training.batches import Batches, TrainingRows
-from headfuse.training.loop import Trained, check_length, train
+from headfuse.training.loop import Trained, check_length
 from headfuse.training.objectives import Objective, check_lm_weight
 from headfuse.training.optimizers import ParameterGroup
 from headfuse.training.options import TrainingOptions
@@ -150,8 +150,7 @@ def prune_heads(
         modules = [attention_of(layer, index) for index, layer in enumerate(converted.heads)]
     with attention_replaced(student.layers, dict(enumerate(modules))):
         trained = _trained(student, modules, pruning, lesson, course.here.device)
-        run, options = course.run(pruning.stage), pruning.training
-        report = train(trained, lesson.batches, options, course.here, run=run, name=pruning.stage, stages=course.stages)
+        report = course.train(trained, lesson.batches, pruning.training, pruning.stage)
     heads = [merged_heads(module, layer) for module, layer in zip(modules, converted.heads, strict=True)]
     return Learned(student, replace(converted, heads=heads), {pruning.stage: report})
 

@@ -305,6 +305,13 @@ def test_a_bad_option_is_refused_in_one_line(convert, tmp_path, options, word):
     assert_nothing_written(tmp_path)
 
 
+def test_a_conversion_by_many_processes_is_refused(convert, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outcome = convert()
+    assert_refused(outcome, "wanted one process to convert, got 2", "`headfuse heal` under it")
+    assert_nothing_written(tmp_path)
+
+
 def test_an_empty_text_is_refused(convert, tmp_path):
     (tmp_path / "empty.txt").touch()
     assert_refused(convert("--calibration", tmp_path / "empty.txt"), "wanted some text")

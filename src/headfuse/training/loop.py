@@ -28,11 +28,13 @@ from headfuse.training.optimizers import ParameterGroup, build_optimizers, model
 from headfuse.training.options import TrainingOptions, rate_factor
 from headfuse.training.processes import Processes, shard
 from headfuse.training.run_folder import RunFolder
+from headfuse.training.trackers import Trackers
 
 # Steps between looks at the losses: each look waits for the device.
 LOOK_EVERY = 10
 # Every shape of a batch, and whatever differs between blocks, is a variant of the same code.
 COMPILED_LIMITS = {"recompile_limit": 64, "accumulated_recompile_limit": 1024}
+NOWHERE = Trackers()
 # A forward pass and its backward pass, in forward passes.
 TRAINING_PASSES = 3
 
@@ -80,6 +82,11 @@ class Trained:
     teacher: PreTrainedModel | None = None
     teacher_blocks: Sequence[nn.Module] = ()
 
+    def operations(self, length: int) -> float:
+        """Operations that a token of a row of that length costs, the teacher's among them."""
+        found = flops_per_token(self.model, length) * TRAINING_PASSES
+        return found if self.teacher is None else found + flops_per_token(self.teacher, length)
+
     def groups(self, options: TrainingOptions) -> list[ParameterGroup]:
         """Every parameter that moves, and nothing else made to want gradients."""
         own = list(self.own_groups())
@@ -114,32 +121,33 @@ def train(
     *,
     run: RunFolder | None = None,
     name: str = "training",
+    trackers: Trackers = NOWHERE,
     stages: Stages = silent,
 ) -> TrainingReport:
     """Train in place; with a `run` folder, resume from its last checkpoint and write new ones.
+
+    The first process passes the figures of every step to the `trackers`.
 
     Raises TrainingError, naming the step and the last good checkpoint, if a loss is not finite; ConfigError if the run
     folder holds a run with another recipe, rows are longer than the model's positions, or steps cannot be captured.
     """
     model = trained.model
     check_length(model.config, options.length)
-    if options.captured and (here.device.type != "cuda" or here.mesh is not None):
-        raise ConfigError(
-            f"wanted one process on a GPU to capture its steps, got {here.world} on {here.device.type}; leave it out"
-        )
-    operations = flops_per_token(model, options.length) * TRAINING_PASSES
-    if trained.teacher is not None:
-        operations += flops_per_token(trained.teacher, options.length)
-    with _prepared(trained, options, here) as step_module:
+    _check_capture(options, here)
+    with ExitStack() as undo:
+        step_module = undo.enter_context(_prepared(trained, options, here))
         groups = trained.groups(options)
         optimizers = build_optimizers(groups, options)
         start = 0
         if run is not None:
             run.check_recipe(options.as_dict(), here)
             start = run.restore(step_module, optimizers, here)
-        log = MetricsLog(run.metrics if run is not None and here.first else None, first_step=start)
-        watch = _Watch(options, here, log, operations, run)
+        following = (trackers if here.first else NOWHERE).following(name, options.as_dict(), first_step=start)
+        follow = undo.enter_context(following)
+        log = MetricsLog(run.metrics if run is not None and here.first else None, first_step=start, follow=follow)
+        watch = _Watch(options, here, log, trained.operations(options.length), run)
         moved = [parameter for group in groups for parameter in group.parameters]
+        undo.callback(_forget_gradients, moved)
         update = partial(_gradients, step_module, groups, options, here)
         gradients = gradients_function(update, moved, captured=options.captured)
         done = start
@@ -161,8 +169,6 @@ def train(
                 advance(options.step_tokens, watch.note)
         if run is not None and options.save_every and done > run.latest_step():
             run.save(done, step_module, optimizers, here)
-        for parameter in moved:
-            parameter.grad = None
     return watch.report(done)
 
 
@@ -173,6 +179,18 @@ def check_length(config: PreTrainedConfig, length: int) -> None:
         raise ConfigError(
             f"wanted rows of at most the model's {longest} positions, got {length} tokens; choose shorter rows"
         )
+
+
+def _check_capture(options: TrainingOptions, here: Processes) -> None:
+    if options.captured and (here.device.type != "cuda" or here.mesh is not None):
+        raise ConfigError(
+            f"wanted one process on a GPU to capture its steps, got {here.world} on {here.device.type}; leave it out"
+        )
+
+
+def _forget_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
 
 
 @contextmanager

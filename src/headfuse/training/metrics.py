@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from headfuse.training.trackers import Follower
+
 # Dense bf16 matrix throughput in FLOP/s, from the makers' data sheets; by a part of the device's name.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12}
 
@@ -38,10 +40,13 @@ def flops_per_token(model: nn.Module, length: int) -> float:
 
 
 class MetricsLog:
-    """A `.jsonl` file with one object a step; a resumed run continues it after the step it resumes from."""
+    """A `.jsonl` file with one object a step; a resumed run continues it after the step it resumes from.
 
-    def __init__(self, path: Path | None, *, first_step: int = 0) -> None:
-        self.path = path
+    `follow` is told of every step that is added.
+    """
+
+    def __init__(self, path: Path | None, *, first_step: int = 0, follow: Follower = lambda _: None) -> None:
+        self.path, self.follow = path, follow
         self.rows: list[dict[str, Any]] = []
         if path is None:
             return
@@ -56,6 +61,7 @@ class MetricsLog:
     def add(self, row: dict[str, Any]) -> None:
         """Append a step."""
         self.rows.append(row)
+        self.follow(row)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

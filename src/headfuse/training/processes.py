@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from headfuse.errors import ConfigError
 from headfuse.precision import Precision
 
 
@@ -39,6 +40,15 @@ class Processes:
             dist.all_reduce(values, op=dist.ReduceOp.SUM)
             values = values / self.world
         return values
+
+
+def check_alone() -> None:
+    """Raise ConfigError if torchrun started this process with others."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        raise ConfigError(
+            f"wanted one process to convert, got {world}; convert without torchrun, then `headfuse heal` under it"
+        )
 
 
 @contextmanager
