@@ -1,11 +1,15 @@
-"""Decode attention of decoupled heads on a GPU: correctness, then time against a copy and torch's own attention.
+"""Attention of decoupled heads on a GPU: correctness, then time against a copy and torch's own attention.
 
     python benchmarks/decode_attention.py tune  --out tune.json --budget 150
     python benchmarks/decode_attention.py table --tuned tune.json --out decode_attention.json --budget 120
+    python benchmarks/decode_attention.py prefill  --out prefill_attention.json --budget 90
+    python benchmarks/decode_attention.py backward --out backward_attention.json --budget 90
 
-Every time is the median of CUDA-graph replays; one graph runs a kernel over several sets of inputs that together are
-far larger than the L2 cache, so nothing is read from there and nothing dirty is left in it. A worker process does the
-measuring: when it crashes or hangs, what it was at is recorded as failed and a new worker goes on with the rest.
+`prefill` and `backward` compare the kernels with a gather of the heads and torch's attention, each call between two
+events. Every decoding time is the median of CUDA-graph replays; one graph runs a kernel over several sets of inputs,
+together far larger than the L2 cache, so that nothing is read from there and nothing dirty is left in it. What is timed
+has been found right first, in the same process. A worker process does the measuring: when it crashes or hangs, what it
+was at is recorded as failed and a new worker goes on with the rest.
 """
 
 import argparse
@@ -30,9 +34,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from headfuse.ops.decoupled_attention.decode import DecodeConfig, Joining, Rows, decode_attention, default_config
-from headfuse.ops.decoupled_attention.head_maps import HeadMaps, head_maps
+from headfuse.ops.decoupled_attention.decode import DecodeConfig, decode_attention, default_config
+from headfuse.ops.decoupled_attention.head_maps import HeadMaps, head_maps, tile
+from headfuse.ops.decoupled_attention.library import prefill_op
+from headfuse.ops.decoupled_attention.naive import naive_attention
+from headfuse.ops.decoupled_attention.rows import Rows
 from headfuse.ops.decoupled_attention.scoring import PLAIN, Scoring
+from headfuse.ops.decoupled_attention.sdpa import gather
 
 ROTATED_BYTES = 2_000_000_000
 STALL_SECONDS = 45
@@ -41,7 +49,6 @@ REPLAY_SECONDS = 0.02
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LSE_TOLERANCE = 2e-2
-JOININGS: tuple[Joining, ...] = ("kernel", "dependent", "last")
 
 
 @dataclass(frozen=True)
@@ -110,28 +117,37 @@ def checked_cases() -> list[Case]:
     return [*cases, replace(base, batch=1, context=20000, ragged=False)]
 
 
+def learned_cases() -> list[Case]:
+    """What `prefill` and `backward` time: many queries a row."""
+    cases = [Case(b, t, 6, 10) for b, t in ((8, 4096), (4, 8192), (2, 16384), (1, 32768))]
+    cases += [Case(8, 4096, 8, 8, maps="grouped"), Case(8, 4096, 2, 6), Case(8, 4096, 12, 20, head_dim=64)]
+    return [*cases, Case(8, 4096, 32, 32, maps="grouped")]
+
+
+def learned_checks() -> list[Case]:
+    """Small shapes that reach every branch of the prefill and backward kernels."""
+    base = Case(2, 333, 5, 11, query_heads=16)
+    cases = [replace(base, dtype=dtype) for dtype in DTYPES] + [
+        replace(base, head_dim=dim) for dim in (32, 64, 96, 256)
+    ]
+    cases += [replace(base, ragged=True), replace(base, softcap=20.0), replace(base, window=100, ragged=True)]
+    return [*cases, replace(base, context=9), replace(base, context=1100, key_heads=1, value_heads=16)]
+
+
 def configs(case: Case) -> list[DecodeConfig]:
-    """What to try for one shape: first one way of joining the splits, `joinings` then tries the others on the best."""
-    shapes = [(64, 4, 4), (64, 4, 6), (128, 8, 4), (128, 8, 6), (128, 4, 3), (64, 8, 6), (64, 8, 8)]
-    if case.query_heads > 32 and case.maps == "random":
-        shapes = [(64, 8, 4), (64, 8, 6), (64, 8, 8)]
-    fused = [DecodeConfig("fused", *shape, programs) for shape in shapes for programs in (1, 2, 4)]
+    """What to try for one shape."""
+    shapes = [(128, 8, 4), (128, 8, 6), (64, 8, 6)] if case.query_heads <= 32 else [(64, 8, 4), (64, 8, 6)]
+    fused = [DecodeConfig("fused", *shape, programs) for shape in shapes for programs in (1, 2)]
     passes = [DecodeConfig("passes", *shape, programs) for shape in ((64, 4, 4), (128, 4, 3)) for programs in (2, 4)]
     return [*fused, *passes] if case.query_heads <= 64 else passes
 
 
-def joinings(best: list[DecodeConfig]) -> list[DecodeConfig]:
-    """The same configurations with the other ways of joining."""
-    fused = [config for config in best if config.design == "fused"]
-    return [replace(config, joining=joining) for config in fused for joining in JOININGS[1:]]
-
-
 def checked_configs(case: Case) -> list[DecodeConfig | None]:
     """The default, and each way of computing that suits the size."""
-    passes = DecodeConfig("passes", block=32 if case.dtype == "fp32" else 64)
-    if case.dtype == "fp32" or case.query_heads * case.head_dim > 64 * 128:
+    passes = DecodeConfig("passes", 32 if case.dtype == "fp32" else 64, warps=4, stages=3, programs=2)
+    if case.dtype == "fp32" or case.head_dim <= 64 or case.query_heads * case.head_dim > 64 * 128:
         return [None, passes]
-    return [None, passes, *(DecodeConfig(warps=8, joining=joining) for joining in JOININGS)]
+    return [None, passes, DecodeConfig(block=64)]
 
 
 class Inputs:
@@ -220,6 +236,104 @@ class Inputs:
                 return F.scaled_dot_product_attention(query, self.key[index], self.value[index], enable_gqa=shared)
 
         return [lambda index=index: launch(index) for index in range(self.sets)]
+
+
+class Learned:
+    """Random inputs of many queries a row, the maps, and the gradient of the output; `ragged`: padding on the left."""
+
+    def __init__(self, case: Case) -> None:
+        generator = torch.Generator(device="cuda").manual_seed(0)
+        self.case, self.maps = case, maps_of(case)
+        heads = (case.query_heads, case.key_heads, case.value_heads, case.query_heads)
+        made = [
+            torch.randn(
+                case.batch, case.context, n, case.head_dim, dtype=DTYPES[case.dtype], device="cuda", generator=generator
+            ).transpose(1, 2)
+            for n in heads
+        ]
+        self.leaves, self.upstream = [x.requires_grad_() for x in made[:3]], made[3]
+        self.starts = None
+        if case.ragged:
+            first = torch.randint(case.context // 2, (case.batch,), generator=generator, device="cuda")
+            self.starts = first.to(torch.int32)
+
+    def triton(self) -> Tensor:
+        """The kernels' output."""
+        scoring = self.case.scoring
+        numbers = scoring.scale_for(self.case.head_dim), scoring.softcap or 0.0, scoring.window or 0
+        return prefill_op(*self.leaves, self.maps.tensors(), None, self.starts, None, *numbers)[0]
+
+    def gathered(self, backend: SDPBackend) -> Tensor:
+        """The heads gathered to the query heads, then torch's attention."""
+        query, key, value = self.leaves
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(
+                query, gather(key, self.maps.key), gather(value, self.maps.value), is_causal=True
+            )
+
+    def gradients(self, out: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Of queries, keys and values."""
+        return torch.autograd.grad(out, self.leaves, self.upstream if upstream is None else upstream, retain_graph=True)
+
+    def reference(self) -> tuple[Tensor, ...]:
+        """Output and gradients in fp64, for small shapes."""
+        leaves = [x.detach().double().requires_grad_() for x in self.leaves]
+        out = naive_attention(*leaves, self.maps, starts=self.starts, scoring=self.case.scoring)[0]
+        return out, *torch.autograd.grad(out, leaves, self.upstream.double())
+
+
+def close(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: float) -> dict[str, float]:
+    """The largest relative error of a tensor. Raises AssertionError above the tolerance."""
+    worst = max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(got, expected, strict=True))
+    assert worst < tolerance, f"wrong result, relative error {worst:.2e}"
+    return {"error": worst}
+
+
+def verify_learned(inputs: Learned) -> dict[str, float]:
+    """Output and gradients against fp64, and a second run against the first, bit by bit."""
+    first, second = (inputs.triton() for _ in range(2))
+    gradients, again = inputs.gradients(first), inputs.gradients(second)
+    assert all(torch.equal(a, b) for a, b in zip((first, *gradients), (second, *again), strict=True)), "two runs differ"
+    tolerance = 2 * TOLERANCE[DTYPES[inputs.case.dtype]]
+    return close((first, *gradients), inputs.reference(), tolerance)
+
+
+def eager_microseconds(launch: Callable[[], Any]) -> dict[str, float]:
+    """Median of single calls, and the memory that one adds at its peak."""
+    for _ in range(3):
+        launch()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, times = torch.cuda.memory_allocated(), []
+    for _ in range(12):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        launch()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1000)
+    return {"microseconds": median(times), "peak_mb": round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)}
+
+
+def time_learned(name: str, case: Case, done: set[str], *, backward: bool) -> None:
+    """The kernels and gather + torch's attention, forward or backward; each result is held against the next."""
+    inputs = Learned(case)
+    flops = (10 if backward else 4) * case.batch * case.query_heads * case.context**2 * case.head_dim / 2
+    ways: dict[str, Callable[[], Tensor]] = {"triton": inputs.triton}
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        ways[f"gather+{backend.name.split('_')[0].lower()}"] = lambda backend=backend: inputs.gathered(backend)
+    expected = inputs.gathered(SDPBackend.FLASH_ATTENTION)
+    wanted = inputs.gradients(expected) if backward else (expected,)
+
+    def timed(way: Callable[[], Tensor]) -> dict[str, float]:
+        if not backward:
+            with torch.no_grad():
+                return close((way(),), wanted, 2e-2) | eager_microseconds(way)
+        out = way()
+        return close(inputs.gradients(out), wanted, 3e-2) | eager_microseconds(lambda: inputs.gradients(out))
+
+    for label, way in ways.items():
+        attempt(f"{name} {label}", case, label, done, lambda way=way: timed(way), flops=flops)
 
 
 def maps_of(case: Case) -> HeadMaps:
@@ -347,6 +461,10 @@ def work(options: argparse.Namespace) -> None:
 
 def jobs(mode: str) -> Iterator[tuple[str, Case]]:
     """Names and cases of a mode, checks first."""
+    if mode in ("prefill", "backward"):
+        yield from ((f"learned check {index}", case) for index, case in enumerate(learned_checks()))
+        yield from ((f"{mode} {index}", case) for index, case in enumerate(learned_cases()))
+        return
     yield from ((f"check {index}", case) for index, case in enumerate(checked_cases()))
     if mode != "check":
         cases = tuned_cases() if mode == "tune" else table_cases()
@@ -362,6 +480,11 @@ def measure(options: argparse.Namespace, name: str, case: Case, done: set[str], 
         expected = inputs.reference()
         for index, config in enumerate(checked_configs(case)):
             attempt(f"{name} {index}", case, config, done, lambda config=config: verify(inputs, config, expected))
+    elif name.startswith("learned"):
+        inputs = Learned(case)
+        attempt(name, case, "triton", done, lambda: verify_learned(inputs))
+    elif name.startswith(("prefill", "backward")):
+        time_learned(name, case, done, backward=name.startswith("backward"))
     elif name.startswith("tune"):
         tune(name, case, done, deadline)
     else:
@@ -370,33 +493,26 @@ def measure(options: argparse.Namespace, name: str, case: Case, done: set[str], 
 
 
 def tune(name: str, case: Case, done: set[str], deadline: float) -> None:
-    """Time every configuration, then the other ways of joining on the three best."""
+    """Time every configuration, and torch's attention where it can do the same."""
     inputs = Inputs(case)
     expected = inputs.reference()
-    times: dict[DecodeConfig, float] = {}
 
     def timed(config: DecodeConfig) -> dict[str, float]:
         return verify(inputs, config, expected) | {"microseconds": microseconds(inputs.launches(config))}
 
-    def run(some: list[DecodeConfig], prefix: str) -> None:
-        for index, config in enumerate(some):
-            if time.time() > deadline:
-                return
-            got = attempt(f"{name} {prefix}{index}", case, config, done, lambda config=config: timed(config), inputs)
-            if got:
-                times[config] = got["microseconds"]
-
     if case.key_heads == case.value_heads and case.maps == "grouped" and case.layout == "heads" and not case.page:
         baselines(name, case, done, inputs)
-    run(configs(case), "")
-    run(joinings(sorted(times, key=times.__getitem__)[:3]), "join ")
+    for index, config in enumerate(configs(case)):
+        if time.time() > deadline:
+            return
+        attempt(f"{name} {index}", case, config, done, lambda config=config: timed(config), inputs)
 
 
 def tabulate(name: str, case: Case, done: set[str], best: dict[str, DecodeConfig]) -> None:
     """Time the default (or the tuned) configuration and torch's attention."""
     inputs = Inputs(case)
     expected = inputs.reference()
-    config = best.get(key_of(case), default_config(inputs.query[0], inputs.maps))
+    config = best.get(key_of(case), default_config(inputs.query[0]))
 
     def timed() -> dict[str, float]:
         return verify(inputs, config, expected) | {"microseconds": microseconds(inputs.launches(config))}
@@ -421,6 +537,7 @@ def attempt(
     done: set[str],
     run: Callable[[], dict[str, float]],
     inputs: Inputs | None = None,
+    flops: float | None = None,
 ) -> dict[str, float] | None:
     """Run one thing, tell the driver how it went, and go on whatever happens."""
     if name in done:
@@ -437,6 +554,9 @@ def attempt(
         return None
     if inputs is not None and "microseconds" in got:
         got["gb_s"] = round(inputs.bytes / got["microseconds"] / 1e3, 1)
+    if flops is not None:
+        got["tflop_s"] = round(flops / got["microseconds"] / 1e6, 1)
+    if "microseconds" in got:
         got["microseconds"] = round(got["microseconds"], 2)
     say(end=name, row=row | got)
     return got
@@ -466,7 +586,7 @@ def tuned(path: str | None) -> dict[str, DecodeConfig]:
 
 def compile_share(options: argparse.Namespace) -> None:
     """Compile every `of`-th kernel that the mode will need, by running it on a small input."""
-    wanted = list(kernels(options.mode, tuned(options.tuned)))
+    wanted = [] if options.mode in ("prefill", "backward") else list(kernels(options.mode, tuned(options.tuned)))
     for case, config in wanted[options.share :: options.of]:
         try:
             inputs = Inputs(case, sets=1)
@@ -481,31 +601,20 @@ def kernels(mode: str, best: dict[str, DecodeConfig]) -> Iterator[tuple[Case, De
     seen = set()
     cases = [(case, checked_configs(case)) for case in checked_cases()]
     if mode == "tune":
-        cases = [(case, [*configs(case), *joinings(configs(case))]) for case in tuned_cases()] + cases
+        cases = [(case, [*configs(case)]) for case in tuned_cases()] + cases
     if mode == "table":
         cases = [(case, [best.get(key_of(case))]) for case in table_cases()] + cases
     for case, tried in cases:
         maps = maps_of(case)
-        groups = (maps.key_groups.shape[1], maps.value_groups.shape[1])
+        sizes = (tile(case.query_heads), maps.key_groups.shape[1], maps.value_groups.shape[1])
         for config in tried:
-            block, design, joins = (config.block, config.design, config.joining) if config else (64, "", "")
-            # Each way of joining has three kernels, by the number of splits; a small run has one for each block.
+            # Combining has three kernels, by the number of splits; a small run has one for each block.
             for pieces in (1, 4, 16, 20):
-                tokens = block * pieces
-                sizes = (
-                    (maps.cell_size,)
-                    if design == "fused"
-                    else groups
-                    if design == "passes"
-                    else (maps.cell_size, groups)
-                )
-                shape = (config.warps, config.stages) if config else ()
-                options = (case.head_dim, case.dtype, case.page, case.softcap is None)
-                key = (design, block, joins, pieces, sizes, shape, options)
+                key = (config, pieces, sizes, case.head_dim, case.dtype, case.page, case.softcap is None)
                 if key not in seen:
                     seen.add(key)
-                    small = replace(case, batch=1, context=tokens, ragged=False)
-                    yield small, replace(config, programs=2) if config else None
+                    tokens = (config.block if config else 128) * pieces
+                    yield replace(case, batch=1, context=tokens, ragged=False), config
 
 
 # --- the driver ---
@@ -620,10 +729,11 @@ def note(
         print(f"{time.time() - started:6.1f}s FAILED {line['end']} {line['failed']} {line.get('row')}", flush=True)
     elif "row" in line:
         row = line["row"]
-        if "gb_s" in row:
-            row["copy_fraction"] = round(row["gb_s"] / state["meta"]["copy_gb_s"], 4)
+        if "microseconds" in row:
+            if "gb_s" in row:
+                row["copy_fraction"] = round(row["gb_s"] / state["meta"]["copy_gb_s"], 4)
             state["rows"].append(row)
-            if options.mode == "table":
+            if options.mode != "tune":
                 print(f"{time.time() - started:6.1f}s {shown(row)}", flush=True)
         else:
             state["checks"].append(row)
@@ -647,15 +757,17 @@ def shown(row: dict[str, Any]) -> str:
     how = " ".join(str(value) for value in config.values())
     extra = f"{row['layout']} page {row['page']}" + (" ragged" if row["ragged"] else "")
     heads = f"{row['key_heads']:>2}/{row['value_heads']:<2}"
+    rate = f"{row['tflop_s']:>7.1f} TFLOP/s {row['peak_mb']:>8.1f} MB" if "tflop_s" in row else ""
+    rate = rate or f"{row['gb_s']:>7.1f} GB/s {100 * row['copy_fraction']:>5.1f}%"
     return (
         f"B={row['batch']:<3} T={row['context']:<6} H={row['query_heads']:<3} {heads} "
         f"d={row['head_dim']} {row['maps']:<7} {extra:<14} {row['backend']:<6} {row['microseconds']:>8.2f} us "
-        f"{row['gb_s']:>7.1f} GB/s {100 * row['copy_fraction']:>5.1f}%  {how}"
+        f"{rate}  {how}"
     )
 
 
 def summary(state: dict[str, Any]) -> None:
-    """For each case the best of every backend, then the best of each way of joining."""
+    """For each case the best of every backend and design."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in state["rows"]:
         groups.setdefault(json.dumps([row[name] for name in Case.__dataclass_fields__]), []).append(row)
@@ -664,8 +776,8 @@ def summary(state: dict[str, Any]) -> None:
     for rows in groups.values():
         best: dict[str, dict[str, Any]] = {}
         for row in rows:
-            config = row["config"] or {"design": "", "joining": ""}
-            key = f"{row['backend']} {config['design']} {config['joining']}"
+            config = row["config"] or {"design": ""}
+            key = f"{row['backend']} {config['design']}"
             best[key] = min(best.get(key, row), row, key=lambda each: each["microseconds"])
         for row in sorted(best.values(), key=lambda each: each["microseconds"]):
             print(shown(row))
@@ -676,7 +788,7 @@ def summary(state: dict[str, Any]) -> None:
 def main() -> None:
     """Parse the command line and play the asked role."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=("check", "tune", "table"))
+    parser.add_argument("mode", choices=("check", "tune", "table", "prefill", "backward"))
     parser.add_argument("--out", required=True, help="JSON, rewritten after every result")
     parser.add_argument("--budget", type=float, default=150, help="seconds")
     parser.add_argument("--tuned", help="the JSON of `tune`: use the best configuration it found for a case")

@@ -10,36 +10,21 @@ import triton
 
 from headfuse.errors import ConfigError
 from headfuse.ops.decoupled_attention import Scoring, naive_attention
-from headfuse.ops.decoupled_attention.decode import (
-    COUNTERS,
-    Counters,
-    DecodeConfig,
-    Rows,
-    combining_programs,
-    decode_attention,
-    default_config,
-)
+from headfuse.ops.decoupled_attention.decode import DecodeConfig, decode_attention, default_config
+from headfuse.ops.decoupled_attention.rows import Rows
 from headfuse.ops.decoupled_attention.scoring import PLAIN
 
-FUSED = DecodeConfig(block=32)
+FUSED = DecodeConfig(block=32, programs=2)
 CONFIGS = {
     "fused": FUSED,
-    "fused-last": DecodeConfig(block=32, joining="last"),
     "fused-one-split": DecodeConfig(block=64, programs=0),
-    "passes": DecodeConfig(design="passes", block=32),
+    "passes": DecodeConfig("passes", block=32, warps=4, stages=3, programs=2),
 }
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 # The interpreter multiplies the bit patterns of bf16 matrices.
 DTYPES = TOLERANCE if torch.cuda.is_available() else [torch.float32, torch.float16]
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 pytestmark = pytest.mark.usefixtures("_poisoned")
-
-if not torch.cuda.is_available():
-
-    @pytest.fixture(autouse=True)
-    def _combiners_that_never_wait(monkeypatch):
-        """The interpreter runs one program after the other: none may wait for a later one."""
-        monkeypatch.setattr("headfuse.ops.decoupled_attention.decode.combining_programs", lambda *_: 1)
 
 
 def check(problem, config=FUSED, *, scoring=PLAIN, cache=None, table=None):
@@ -120,7 +105,7 @@ def test_head_counts(config, heads, device):
 
 
 @every_config
-def test_grouped_queries_in_cells(config, device):
+def test_grouped_queries(config, device):
     groups = [0, 0, 0, 1, 1, 1, 2, 2, 2]
     check(decoding((9, 3, 3), maps=(groups, groups), device=device), config)
     check(decoding((9, 3, 4), maps=(groups, [0, 0, 0, 1, 1, 2, 3, 3, 3]), device=device), config)
@@ -137,7 +122,7 @@ def test_the_default_suits_every_size(device):
         for dtype in DTYPES:
             check(decoding(heads, lengths=(40,), dim=64, dtype=dtype, device=device), None)
     problem = decoding((128, 2, 3), dim=128)
-    assert default_config(problem.query.bfloat16(), problem.maps).design == "passes"
+    assert default_config(problem.query.bfloat16()).design == "passes"
 
 
 def test_a_query_that_is_a_view(device):
@@ -148,26 +133,21 @@ def test_a_query_that_is_a_view(device):
     check(problem)
 
 
-def test_repeated_steps_leave_their_counters_at_zero(device, monkeypatch):
-    held = torch.zeros(8, dtype=torch.int32, device=device)
-    monkeypatch.setattr(Counters, "take", lambda _self, _device, count: held[:count])
+def test_a_repeated_step_repeats_every_bit(device):
     problem = decoding(device=device)
-    for _ in range(2):
-        check(problem, CONFIGS["fused-last"])
-        assert not held.any()
+    steps = [
+        decode_attention(problem.query, problem.key, problem.value, problem.maps, Rows(problem.lengths)) for _ in "12"
+    ]
+    assert torch.equal(steps[0][0], steps[1][0])
 
 
-def test_counters_are_zeros():
-    assert not COUNTERS.take(torch.device("cpu"), 5).any()
-
-
-@pytest.mark.parametrize(
-    ("splits", "rows", "queries"), [(2, 1, 16), (132, 1, 32), (16, 8, 32), (4, 64, 32), (3, 500, 128)]
-)
-def test_few_programs_wait(splits, rows, queries):
-    combiners = combining_programs(splits, rows, queries)
-    assert 1 <= combiners <= splits
-    assert rows * (combiners - 1) <= 48
+def test_configurations_that_are_wrong_on_hopper_are_refused():
+    with pytest.raises(ConfigError, match="wanted 8 warps, got 4"):
+        DecodeConfig(warps=4)
+    for dtype in (torch.bfloat16, torch.float32):
+        for width in (16, 64, 96, 128, 256):
+            config = default_config(torch.empty(1, 32, width, dtype=dtype))
+            assert config.design == "passes" or (width > 64 and config.warps == 8)
 
 
 def test_heads_that_the_maps_do_not_know_are_refused(device):

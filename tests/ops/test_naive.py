@@ -7,7 +7,6 @@ from torch.testing import assert_close
 
 from headfuse.errors import ConfigError
 from headfuse.ops.decoupled_attention import Scoring, head_maps, naive_attention, sdpa_attention
-from headfuse.ops.decoupled_attention.head_maps import Cell, cells_of
 from headfuse.ops.decoupled_attention.scoring import PLAIN
 
 COUNTS = (1, 2, 3, 5, 8, 11, 32)
@@ -107,29 +106,14 @@ def test_maps_that_skip_heads_or_differ_in_length_are_refused(maps):
         head_maps(*maps)
 
 
-def test_grouped_heads_fall_into_cells_and_tangled_ones_do_not():
-    grouped = [0, 0, 1, 1]
-    assert cells_of(grouped, grouped) == [
-        Cell((0, 1), range(1), range(1)),
-        Cell((2, 3), range(1, 2), range(1, 2)),
-    ]
-    assert cells_of([0, 0, 1, 1], [0, 1, 2, 2]) == [
-        Cell((0, 1), range(1), range(2)),
-        Cell((2, 3), range(1, 2), range(2, 3)),
-    ]
-    assert cells_of([0, 0, 1, 1], [0, 1, 1, 0]) == [Cell((0, 1, 2, 3), range(2), range(2))]
-    # Two components, one of key heads 0 and 2: heads that are not consecutive stay in one cell.
-    assert cells_of([0, 2, 1], [0, 0, 1]) == [Cell((0, 1, 2), range(3), range(2))]
-
-
-def test_every_head_is_read_by_exactly_one_cell():
+def test_every_query_head_has_its_place_among_the_groups():
     for _ in range(50):
         keys, values = (int(count) for count in torch.randint(1, 9, (2,)))
-        key_map, value_map = random_map(keys, 8), random_map(values, 8)
-        cells = cells_of(key_map, value_map)
-        assert sorted(q for cell in cells for q in cell.queries) == list(range(8))
-        assert sorted(k for cell in cells for k in cell.keys) == list(range(keys))
-        assert sorted(v for cell in cells for v in cell.values) == list(range(values))
-        for cell in cells:
-            assert {key_map[q] for q in cell.queries} <= set(cell.keys)
-            assert {value_map[q] for q in cell.queries} <= set(cell.values)
+        maps = head_maps(random_map(keys, 8), random_map(values, 8))
+        assert (maps.num_query_heads, maps.num_key_heads, maps.num_value_heads) == (8, keys, values)
+        for groups, head_map in ((maps.key_groups, maps.key), (maps.value_groups, maps.value)):
+            for head, group in enumerate(groups.tolist()):
+                assert [q for q in group if q >= 0] == (head_map == head).nonzero()[:, 0].tolist()
+        through_keys = maps.key_slots.flatten()[maps.value_slots.flatten()]
+        assert through_keys[maps.out_slots].tolist() == list(range(8))
+        assert (maps.out_slots // maps.value_slots.shape[1] == maps.value).all()

@@ -1,4 +1,5 @@
-"""`Dha<Family>ForCausalLM`: stock families with decoupled heads, registered with transformers' auto classes.
+"""`Dha<Family>ForCausalLM`: stock families with decoupled heads, registered with transformers' auto classes, and the
+attention that they can run with, `attn_implementation="headfuse"`.
 
 Each family's file, `decoupling.py` and `decoupled_attention.py` are copied into exported checkpoints, so they
 import only torch, transformers and each other.
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from headfuse.models import attention
 from headfuse.models.dha import gpt2, gpt_neox, llama, mistral, olmo, olmo2, opt, phi, qwen2, qwen3
 from headfuse.models.dha.decoupled_attention import AttentionShape
 
@@ -38,3 +40,5 @@ DHA_CLASSES: dict[str, DhaClasses] = {
 for classes in DHA_CLASSES.values():
     AutoConfig.register(classes.config.model_type, classes.config, exist_ok=True)
     AutoModelForCausalLM.register(classes.config, classes.model, exist_ok=True)
+
+attention.register()

@@ -161,7 +161,10 @@ class DecoupledAttention(nn.Module):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Gather K and V to the query heads and run the configured attention function: `[B, T, H, d]`."""
+        """Gather K and V to the query heads and run the configured attention function: `[B, T, H, d]`.
+
+        A function that declares `reads_head_maps` gets them as they are and finds the maps in `shape`.
+        """
         implementation = self.config._attn_implementation or "sdpa"
         if implementation.startswith("paged"):
             raise ValueError(
@@ -171,7 +174,8 @@ class DecoupledAttention(nn.Module):
         attention = eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         kwargs["dropout"] = self.shape.dropout if self.training else 0.0
         kwargs["scaling"] = self.scaling
-        key, value = self.gather(key, "key_map"), self.gather(value, "value_map")
+        if not getattr(attention, "reads_head_maps", False):
+            key, value = self.gather(key, "key_map"), self.gather(value, "value_map")
         return attention(self, query, key, value, attention_mask, **kwargs)
 
     def gather(self, heads: Tensor, name: str) -> Tensor:

@@ -1,9 +1,8 @@
 """One new token a row against a cache of decoupled heads: the launchers of the decoding kernels.
 
-The cache is paged: `key` `[P, K, N, d]` is P pages of N tokens, and line b of the block table names row b's pages in
-order. A dense cache `[B, K, S, d]` is one page a row. Every stride but the last is free, so the folded cache of
-`models/dha` (token by token, all heads of a token together) and head-by-head caches are both read in place. Lengths
-stay on the device and the grid depends on shapes alone, so a captured graph serves rows that grow.
+Every stride of the cache but the last is free, so the folded cache of `models/dha` (token by token, all heads of a
+token together) and head-by-head caches are both read in place. Lengths stay on the device and the grid depends on
+shapes alone, so a captured graph serves rows that grow.
 """
 
 # Triton adds launch options to a kernel's own arguments.
@@ -16,54 +15,48 @@ from typing import Any, Literal
 
 import torch
 import triton
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from headfuse.errors import ConfigError
 from headfuse.ops.decoupled_attention.combine_kernel import combine_kernel
 from headfuse.ops.decoupled_attention.fused_kernel import fused_kernel
-from headfuse.ops.decoupled_attention.head_maps import HeadMaps
+from headfuse.ops.decoupled_attention.head_maps import HeadMaps, tile
 from headfuse.ops.decoupled_attention.passes_kernel import scores_kernel, values_kernel
+from headfuse.ops.decoupled_attention.rows import ALL_TOKENS, Rows
 from headfuse.ops.decoupled_attention.scoring import PLAIN, Scoring
 
 Design = Literal["fused", "passes"]
-Joining = Literal["kernel", "dependent", "last"]
 
 LOG2E = log2(torch.e)
 MAX_QUERY_HEADS = 128
 HEAD_DIMS = range(16, 257)
-# Programs that may wait at a time for others of their row; they must leave room for those to run.
-MAX_WAITING = 48
+# Measured right on Hopper with Triton 3.6: two groups of four warps, each with its own half of the channels. With one
+# group, or two that share the channels, the product of values and weights was wrong.
+FUSED_WARPS = 8
+FUSED_WIDTH = 128
+# The tile of query heads whose outputs fit the registers.
+FUSED_HEADS = 32
 # What the interpreter pretends to have.
 NO_PROCESSORS = 4
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How to run one decoding step.
-
-    `programs` is the wanted number of programs for each multiprocessor. `joining` says who combines the splits: a
-    second kernel, a second kernel whose launch overlaps the first ("dependent"), or the last programs of the first.
-    """
+    """How to run one decoding step; `programs` is the wanted number of programs for each multiprocessor."""
 
     design: Design = "fused"
-    block: int = 64
-    warps: int = 4
+    block: int = 128
+    warps: int = 8
     stages: int = 4
-    programs: int = 2
-    joining: Joining = "kernel"
+    programs: int = 1
 
-
-@dataclass(frozen=True)
-class Rows:
-    """Which tokens each row has: `starts[b] <= s < lengths[b]`, found through the block table if the cache is paged.
-
-    All are int32 on the device and are never read by the host.
-    """
-
-    lengths: Int[Tensor, "B"]
-    starts: Int[Tensor, "B"] | None = None
-    block_table: Int[Tensor, "B pages"] | None = None
+    def __post_init__(self) -> None:
+        if self.design == "fused" and self.warps != FUSED_WARPS:
+            raise ConfigError(
+                f"fused decoding: wanted {FUSED_WARPS} warps, got {self.warps}, with which Triton 3.6 returns wrong "
+                "values on Hopper; leave the warps out"
+            )
 
 
 def decode_attention(
@@ -71,7 +64,7 @@ def decode_attention(
     key: Float[Tensor, "P K N d"],
     value: Float[Tensor, "P V N d"],
     maps: HeadMaps,
-    rows: Rows,
+    rows: Rows = ALL_TOKENS,
     *,
     scoring: Scoring = PLAIN,
     config: DecodeConfig | None = None,
@@ -80,10 +73,16 @@ def decode_attention(
 
     Without a block table the cache is dense and P is B. A row of no tokens gives zeros and -inf.
 
-    Raises ConfigError for more than 128 query heads, a head width outside 16..256, or heads that are not contiguous.
+    Raises ConfigError for more than 128 query heads, a head width outside 16..256, heads that are not contiguous, or a
+    configuration known to be wrong.
     """
     _check(query, key, value, maps)
-    config = config or default_config(query, maps)
+    config = config or default_config(query)
+    if config.design == "fused" and query.is_cuda and triton.next_power_of_2(query.shape[-1]) < FUSED_WIDTH:
+        raise ConfigError(
+            f"fused decoding: wanted heads of more than {FUSED_WIDTH // 2} channels, got {query.shape[-1]}, for which "
+            "Triton 3.6 returns wrong values on Hopper; use two passes"
+        )
     step = _Step(query, key, value, maps, rows, scoring)
     if config.design == "fused":
         _fused(step, config)
@@ -92,13 +91,17 @@ def decode_attention(
     return step.out, step.lse
 
 
-def default_config(query: Float[Tensor, "B H d"], maps: HeadMaps) -> DecodeConfig:
-    """What to run where nothing was measured: one pass while its outputs fit the registers."""
-    width = triton.next_power_of_2(query.shape[-1])
-    if maps.cell_size * width <= 64 * 128 and query.dtype != torch.float32:
-        wide = maps.cell_size * width > 32 * 128
-        return DecodeConfig(warps=8 if wide else 4, stages=4, programs=1 if wide else 2)
-    return DecodeConfig(design="passes", block=32 if query.dtype == torch.float32 else 64, stages=3)
+def default_config(query: Float[Tensor, "B H d"]) -> DecodeConfig:
+    """One pass where the outputs of all heads fit the registers, else two.
+
+    Of all that `benchmarks/decode_attention.py tune` tried, the fused configuration was at most 4% behind the best of
+    each shape of up to 32 query heads, and two passes with 128 tokens a block were the best of each shape of more.
+    """
+    width, narrow = triton.next_power_of_2(query.shape[-1]), query.dtype == torch.float32
+    block = 32 if narrow else 128 if width <= 128 else 64
+    if width >= FUSED_WIDTH and tile(query.shape[1]) <= FUSED_HEADS and not narrow:
+        return DecodeConfig(block=block)
+    return DecodeConfig("passes", block, warps=4, stages=3, programs=2)
 
 
 class _Step:
@@ -106,11 +109,14 @@ class _Step:
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, maps: HeadMaps, rows: Rows, scoring: Scoring) -> None:
         self.query, self.key, self.value, self.maps = query, key, value, maps
-        self.lengths, self.starts, self.block_table = rows.lengths, rows.starts, rows.block_table
+        self.starts, self.block_table = rows.starts, rows.block_table
         self.rows, self.heads, self.dim = query.shape
         self.out = torch.empty_like(query, memory_format=torch.contiguous_format)
         self.lse = torch.empty(self.rows, self.heads, dtype=torch.float32, device=query.device)
         self.capacity = key.shape[2] * (1 if self.block_table is None else self.block_table.shape[1])
+        self.lengths = rows.lengths
+        if self.lengths is None:
+            self.lengths = torch.full((self.rows,), self.capacity, dtype=torch.int32, device=query.device)
         self.scale = scoring.scale_for(self.dim) * LOG2E
         self.softcap = (scoring.softcap or 0.0) * LOG2E
         self.window = scoring.window or 0
@@ -137,13 +143,10 @@ class _Step:
 
 
 def _fused(step: _Step, config: DecodeConfig) -> None:
-    maps, cells = step.maps, len(step.maps.cells)
-    splits = step.splits(cells, config)
+    splits = step.splits(1, config)
     partial_out, partial_lse = step.partial(splits) if splits > 1 else (step.lse, step.lse)
-    joins = config.joining == "last" and splits > 1
-    combiners = combining_programs(splits, step.rows * cells, maps.cell_size) if joins else 1
-    dependent = config.joining == "dependent" and splits > 1
-    fused_kernel[splits, cells, step.rows](
+    dependent = splits > 1 and step.query.is_cuda
+    fused_kernel[splits, step.rows](
         step.query,
         step.key,
         step.value,
@@ -151,32 +154,32 @@ def _fused(step: _Step, config: DecodeConfig) -> None:
         step.lse,
         partial_out,
         partial_lse,
-        COUNTERS.take(step.query.device, step.rows * cells) if joins else step.lse,
         step.lengths,
         step.starts,
         step.block_table,
-        maps.cells,
+        step.maps.key,
+        step.maps.value,
         step.scale,
         step.softcap,
         step.window,
         step.heads,
+        step.maps.num_key_heads,
+        step.maps.num_value_heads,
         splits,
-        combiners,
         *step.query.stride()[:2],
         *step.out.stride()[:2],
         *step.key.stride()[:3],
         *step.value.stride()[:3],
         step.table_row_stride,
-        QUERIES=maps.cell_size,
+        QUERIES=tile(step.heads),
         BLOCK=config.block,
         STAGES=config.stages,
         SOFTCAP=step.softcap > 0,
-        JOIN_SPLITS=join_tile(splits) if joins else 0,
         DEPENDENT=dependent,
         num_warps=config.warps,
         **step.constants,
     )
-    if splits > 1 and not joins:
+    if splits > 1:
         _combine(step, partial_out, partial_lse, splits, weighted=True, dependent=dependent)
 
 
@@ -257,62 +260,12 @@ def join_tile(splits: int) -> int:
     return 4 if splits <= 4 else 16 if splits <= 16 else 64
 
 
-def combining_programs(splits: int, rows: int, queries: int) -> int:
-    """How many of a row's last programs combine it: at most one for each piece of work, and few enough may wait."""
-    pieces = triton.cdiv(queries, 64 // join_tile(splits))
-    return max(1, min(splits, pieces, 1 + MAX_WAITING // rows))
-
-
 @lru_cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU."""
     if device.type != "cuda":
         return NO_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-class Counters:
-    """Zeros on the device that kernels count in and leave at zero.
-
-    Launches on one stream follow each other and share; a captured launch has its own, since graphs may run side by
-    side.
-    """
-
-    SIZE = 1 << 20
-
-    def __init__(self) -> None:
-        self.pools: dict[torch.device, Tensor] = {}
-        self.taken: dict[torch.device, int] = {}
-        self.of_stream: dict[tuple[torch.device, int], Tensor] = {}
-
-    def take(self, device: torch.device, count: int) -> Int[Tensor, "count"]:
-        """`count` zeros that no other launch uses at the same time."""
-        if device.type != "cuda":
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        if torch.cuda.is_current_stream_capturing():
-            return self._fresh(device, count)
-        key = (device, torch.cuda.current_stream(device).cuda_stream)
-        held = self.of_stream.get(key)
-        if held is None or len(held) < count:
-            held = self.of_stream[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-            self._pool(device)
-        return held[:count]
-
-    def _pool(self, device: torch.device) -> Tensor:
-        if device not in self.pools:
-            self.pools[device] = torch.zeros(self.SIZE, dtype=torch.int32, device=device)
-            self.taken[device] = 0
-        return self.pools[device]
-
-    def _fresh(self, device: torch.device, count: int) -> Tensor:
-        first = self.taken.get(device, self.SIZE)
-        if first + count > self.SIZE:  # never warmed up, or used up: the graph zeroes its own
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        self.taken[device] = first + count
-        return self.pools[device][first : first + count]
-
-
-COUNTERS = Counters()
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, maps: HeadMaps) -> None:

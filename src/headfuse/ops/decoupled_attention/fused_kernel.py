@@ -1,7 +1,7 @@
-"""Decoding in one pass: a program reads every key head and every value head of its cell once.
+"""Decoding in one pass: a program reads every key head and every value head of its tokens once.
 
-A program takes a stretch of one row's tokens (a split) and one cell of heads. It walks tiles of `BLOCK` tokens, and in
-each tile the cell's key heads, then its value heads: one loop with one load, so that the copies of the next tiles stay
+A program takes a stretch of one row's tokens (a split) and all heads. It walks tiles of `BLOCK` tokens, and in each
+tile the key heads, then the value heads: one loop with one load, so that the copies of the next tiles stay
 under way while heads change. Scores and outputs are held transposed, `[tokens, queries]` and `[dims, queries]`: the
 long side of a product is then the side that Hopper's matrix unit reads from shared memory. A key head's product with
 all queries is kept for the queries that read it; a value head is multiplied by the weights of its queries alone.
@@ -14,17 +14,23 @@ all queries is kept for the queries that read it; a value head is multiplied by 
 import triton
 import triton.language as tl
 
-from headfuse.ops.decoupled_attention.combine_kernel import LN2, combine_heads
+from headfuse.ops.decoupled_attention.combine_kernel import LN2
 
 
 @triton.jit
-def scored(products, seen, scale, softcap, SOFTCAP: tl.constexpr):
+def capped(products, scale, softcap, SOFTCAP: tl.constexpr):
     """Base-2 scores of products of queries and keys; `scale` holds log2(e) already, `softcap` too."""
     scores = products * scale
     if SOFTCAP:
         # softcap * tanh(scores / softcap), where both carry the factor log2(e).
         scores = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.8853900817779268 / softcap))))
-    return tl.where(seen[:, None], scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def scored(products, seen, scale, softcap, SOFTCAP: tl.constexpr):
+    """`capped`, -inf for tokens, the first axis, that are not `seen`."""
+    return tl.where(seen[:, None], capped(products, scale, softcap, SOFTCAP), float("-inf"))
 
 
 @triton.jit
@@ -53,7 +59,7 @@ def stretch(lengths, starts, window, row, split, splits, GRANULE: tl.constexpr, 
     return start, first, tl.minimum(first + share, length)
 
 
-@triton.jit(do_not_specialize=["window", "num_heads", "splits", "combiners", "table_row_stride"])
+@triton.jit(do_not_specialize=["window", "num_heads", "num_keys", "num_values", "splits", "table_row_stride"])
 def fused_kernel(
     query,
     key,
@@ -62,17 +68,18 @@ def fused_kernel(
     lse,
     partial_out,
     partial_lse,
-    counters,
     lengths,
     starts,
     block_table,
-    cells,
+    key_map,
+    value_map,
     scale,
     softcap,
     window,
     num_heads,
+    num_keys,
+    num_values,
     splits,
-    combiners,
     query_row_stride,
     query_head_stride,
     out_row_stride,
@@ -92,11 +99,10 @@ def fused_kernel(
     PAGE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
-    JOIN_SPLITS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Grid (splits, cells, rows). `PAGE` 0: a row's keys are page `row`. `JOIN_SPLITS`: the last programs combine."""
-    split, cell, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Grid (splits, rows). `PAGE` 0: a row's keys are page `row`. `DEPENDENT`: the combining kernel may start early."""
+    split, row = tl.program_id(0), tl.program_id(1)
     dtype: tl.constexpr = query.dtype.element_ty
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
@@ -104,14 +110,12 @@ def fused_kernel(
     granule: tl.constexpr = BLOCK if whole_pages else 16
     start, first, last = stretch(lengths, starts, window, row, split, splits, granule, whole_pages)
 
-    line = cells + cell * (4 + 3 * QUERIES)
-    slots, dims, tokens = tl.arange(0, QUERIES), tl.arange(0, PADDED_DIM), tl.arange(0, BLOCK)
+    heads, dims, tokens = tl.arange(0, QUERIES), tl.arange(0, PADDED_DIM), tl.arange(0, BLOCK)
     inside = dims < DIM
-    heads = tl.load(line + 4 + slots)
-    valid = heads >= 0
-    key_slot, value_slot = tl.load(line + 4 + QUERIES + slots), tl.load(line + 4 + 2 * QUERIES + slots)
-    first_key, num_keys, first_value = tl.load(line), tl.load(line + 1), tl.load(line + 2)
-    width = num_keys + tl.load(line + 3)
+    valid = heads < num_heads
+    key_slot = tl.load(key_map + heads, mask=valid, other=-1).to(tl.int32)
+    value_slot = tl.load(value_map + heads, mask=valid, other=-1).to(tl.int32)
+    width = num_keys + num_values
     queries = tl.load(
         query + row.to(tl.int64) * query_row_stride + heads[None, :] * query_head_stride + dims[:, None],
         mask=valid[None, :] & inside[:, None],
@@ -127,7 +131,7 @@ def fused_kernel(
         turn = step % width
         at = first + (step // width) * BLOCK
         is_key = turn < num_keys
-        head = tl.where(is_key, first_key + turn, first_value + turn - num_keys).to(tl.int64)
+        head = tl.where(is_key, turn, turn - num_keys).to(tl.int64)
         page_stride = tl.where(is_key, key_page_stride, value_page_stride)
         token_stride = tl.where(is_key, key_token_stride, value_token_stride)
         base = tl.where(is_key, key, value) + head * tl.where(is_key, key_head_stride, value_head_stride)
@@ -170,38 +174,3 @@ def fused_kernel(
         place = (row.to(tl.int64) * num_heads + heads) * splits + split
         tl.store(partial_out + place[None, :] * DIM + dims[:, None], outputs, mask=written)
         tl.store(partial_lse + place, lse2, mask=valid)
-        if JOIN_SPLITS > 0:
-            counter = counters + row * tl.num_programs(1) + cell
-            tl.debug_barrier()  # every thread has stored its part before the program counts as arrived
-            ticket = tl.atomic_add(counter, 1, sem="acq_rel")
-            if ticket >= splits - combiners:
-                if combiners > 1:  # the others are running already: only the last programs wait
-                    arrived = ticket
-                    while arrived < splits:
-                        arrived = tl.atomic_add(counter, 0, sem="acquire")
-                tl.debug_barrier()
-                some: tl.constexpr = 64 // JOIN_SPLITS
-                picked = tl.arange(0, some)
-                for begin in range((ticket - splits + combiners) * some, QUERIES, combiners * some):
-                    chosen = tl.load(line + 4 + begin + picked, mask=begin + picked < QUERIES, other=-1)
-                    combine_heads(
-                        partial_out,
-                        partial_lse,
-                        out,
-                        lse,
-                        row,
-                        chosen,
-                        chosen >= 0,
-                        num_heads,
-                        splits,
-                        out_row_stride,
-                        out_head_stride,
-                        True,
-                        JOIN_SPLITS,
-                        some,
-                        DIM,
-                        PADDED_DIM,
-                    )
-                # The last to combine leaves the counter as it found it, for the next launch.
-                if tl.atomic_add(counter, 1, sem="acq_rel") == splits + combiners - 1:
-                    tl.atomic_xchg(counter, 0, sem="release")
