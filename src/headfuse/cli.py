@@ -38,6 +38,10 @@ Tokens = Annotated[str, typer.Option(help="Number of tokens: 65536, 64k, 1M.")]
 
 
 PrecisionOption = Annotated[Precision | None, typer.Option(help="By default bf16 where the hardware is fast at it.")]
+Attention = Annotated[
+    str | None,
+    typer.Option(help="headfuse (default for decoupled heads), sdpa, eager, or another of transformers'."),
+]
 
 
 class Target(StrEnum):
@@ -96,6 +100,8 @@ Compiled = Annotated[bool, typer.Option("--compile", help="Compile the blocks (t
 Captured = Annotated[bool, typer.Option("--capture", help="Replay a step as one CUDA graph: for small models.")]
 Recompute = Annotated[bool, typer.Option(help="Recompute activations in the backward pass to save memory.")]
 SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)]
+TensorBoard = Annotated[Path | None, typer.Option(help="Write TensorBoard events into this folder.")]
+Wandb = Annotated[str | None, typer.Option(help="Report to this project of Weights & Biases.")]
 
 
 def _recipe(context: typer.Context, path: Path | None) -> None:
@@ -216,6 +222,8 @@ def convert(
     captured: Captured = False,
     recompute: Recompute = False,
     save_every: SaveEvery = 200,
+    tensorboard: TensorBoard = None,
+    wandb: Wandb = None,
     statistics: Annotated[
         Path | None, typer.Option(help="Folder to save the statistics in and reuse them from.")
     ] = None,
@@ -237,6 +245,7 @@ def convert(
     from headfuse.report.tables import conversion_table
     from headfuse.sharing.methods import SharingOptions, method_named
     from headfuse.sharing.refit import RefitOptions
+    from headfuse.training.trackers import Trackers
 
     sharing, refitted = _start(method, init)
     method_named(sharing)
@@ -286,6 +295,7 @@ def convert(
         allow_pickle=allow_pickle,
         overwrite=overwrite,
         command=["headfuse", *sys.argv[1:]],
+        trackers=Trackers(tensorboard, wandb),
         stages=for_terminal(),
     )
     _print(done.as_dict(), conversion_table(done), as_json=as_json)
@@ -316,6 +326,8 @@ def heal(
     captured: Captured = False,
     recompute: Recompute = False,
     save_every: SaveEvery = 200,
+    tensorboard: TensorBoard = None,
+    wandb: Wandb = None,
     run: Annotated[Path | None, typer.Option(help="Folder of the run in progress; default: OUT.run.")] = None,
     seed: Seed = 0,
     device: Device = None,
@@ -332,6 +344,7 @@ def heal(
     from headfuse.placement import Placement
     from headfuse.progress import for_terminal
     from headfuse.report.tables import healing_table
+    from headfuse.training.trackers import Trackers
 
     options = _training(
         _count(tokens),
@@ -359,6 +372,7 @@ def heal(
         placement=Placement(device, precision),
         overwrite=overwrite,
         command=["headfuse", *sys.argv[1:]],
+        trackers=Trackers(tensorboard, wandb),
         stages=for_terminal(),
     )
     if done is not None:
@@ -427,31 +441,78 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Choose among so many likeliest tokens.")] = None,
+    top_p: Annotated[float, typer.Option(help="Choose among the fewest tokens of so much probability.")] = 1.0,
+    attention: Attention = None,
     seed: Seed = 0,
     device: Device = None,
+    precision: PrecisionOption = None,
     as_json: Json = False,
 ) -> None:
-    """Write a continuation of a prompt."""
-    from headfuse.checkpoints.loading import load_model, load_tokenizer
+    """Write a continuation of a prompt; on a GPU the step of a token is one CUDA graph."""
+    from headfuse.checkpoints.loading import load_tokenizer
     from headfuse.checkpoints.source import locate
     from headfuse.errors import CheckpointError
     from headfuse.evaluation.generation import generate_text
+    from headfuse.generation.sampling import Sampling
+    from headfuse.generation.serving import load_to_serve, resolve_to_serve
     from headfuse.placement import Placement
 
+    sampling = Sampling(temperature, top_k, top_p)
     source = locate(model)
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise CheckpointError(f"{model}: wanted a tokenizer, the folder has none; copy the original's into it")
-    where, _ = Placement(device).resolve()
-    text = generate_text(
-        load_model(source, device=where),
-        tokenizer,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-    )
+    loaded = load_to_serve(source, *resolve_to_serve(Placement(device, precision)), attention)
+    text = generate_text(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
     _print({"prompt": prompt, "text": text}, prompt + text, as_json=as_json)
+
+
+@app.command()
+def bench(
+    model: Model,
+    *,
+    against: Annotated[str | None, typer.Option(help="A model to compare with, usually the original.")] = None,
+    context: Annotated[str, typer.Option(help="Tokens in the cache, by commas: 4k,32k.")] = "4k",
+    batch: Annotated[str, typer.Option(help="Rows decoded at once, by commas: 1,8,64.")] = "1,8",
+    new_tokens: Annotated[int, typer.Option(help="Steps to take the median of.", min=1)] = 32,
+    prefill: Annotated[
+        bool, typer.Option(help="Really read the contexts; else random keys and values, and no time to first token.")
+    ] = True,
+    attention: Attention = None,
+    save: Annotated[Path | None, typer.Option(help="Also write the JSON object to this file.")] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    precision: PrecisionOption = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how a model serves: first token, tokens/s, attention against the copy rate, memory, largest batch."""
+    from headfuse.benchmark.cases import Load
+    from headfuse.benchmark.run import benchmark
+    from headfuse.placement import Placement
+    from headfuse.progress import for_terminal
+    from headfuse.report.tables import benchmark_table
+
+    if save is not None and not save.absolute().parent.is_dir():
+        raise ConfigError(f"{save}: wanted a file in a folder that exists, got none; create {save.parent} first")
+    found = benchmark(
+        model,
+        against=against,
+        load=Load(
+            contexts=tuple(_count(each) for each in context.split(",")),
+            batches=tuple(_count(each, "rows") for each in batch.split(",")),
+            new_tokens=new_tokens,
+            prefill=prefill,
+            seed=seed,
+        ),
+        attention=attention,
+        placement=Placement(device, precision),
+        command=["headfuse", *sys.argv[1:]],
+        stages=for_terminal(),
+    )
+    if save is not None:
+        found.save(save)
+    _print(found.as_dict(), benchmark_table(found), as_json=as_json)
 
 
 @app.command()
@@ -528,8 +589,8 @@ def _training(
     )
 
 
-def _count(text: str) -> int:
-    """A number of tokens: 65536, 64k (64 * 1024), 1M (10^6)."""
+def _count(text: str, of: str = "tokens") -> int:
+    """A number of tokens, or of something else: 65536, 64k (64 * 1024), 1M (10^6)."""
     units = {"k": 1024, "M": 10**6, "B": 10**9}
     digits, unit = (text[:-1], units[text[-1]]) if text and text[-1] in units else (text, 1)
     try:
@@ -537,7 +598,7 @@ def _count(text: str) -> int:
     except (ValueError, OverflowError):
         number = 0
     if number < 1:
-        raise ConfigError(f"wanted a number of tokens, got {text!r}; write for example 65536, 64k or 1M")
+        raise ConfigError(f"wanted a number of {of}, got {text!r}; write for example 65536, 64k or 1M")
     return number
 
 

@@ -5,6 +5,7 @@ import torch
 
 from headfuse.errors import ConfigError
 from headfuse.evaluation.generation import generate_text
+from headfuse.generation.sampling import Sampling
 from pico import logits_of, pico
 from tiny_tokenizer import EOS, VOCABULARY, tiny_tokenizer
 
@@ -33,7 +34,8 @@ def test_temperature_zero_takes_the_likeliest_tokens(model, tokenizer):
 def test_samples_follow_the_seed_and_leave_the_random_state(model, tokenizer):
     before = torch.get_rng_state()
     first, again, other = (
-        generate_text(model, tokenizer, PROMPT, max_new_tokens=12, temperature=1.0, seed=seed) for seed in (0, 0, 1)
+        generate_text(model, tokenizer, PROMPT, max_new_tokens=12, sampling=Sampling(1.0), seed=seed)
+        for seed in (0, 0, 1)
     )
     assert first == again != other
     assert torch.equal(before, torch.get_rng_state())
@@ -47,10 +49,12 @@ def test_writing_ends_at_the_models_eos(model, tokenizer):
         model.generation_config.eos_token_id = EOS
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"max_new_tokens": 0}])
-def test_impossible_options_are_errors(model, tokenizer, options):
-    with pytest.raises(ConfigError, match="wanted temperature >= 0 and at least 1 new token"):
-        generate_text(model, tokenizer, PROMPT, **({"max_new_tokens": 4} | options))
+@pytest.mark.parametrize(
+    ("count", "message"), [(0, "at least 1 new token"), (1000, "wanted at most 128 tokens, the model's positions")]
+)
+def test_impossible_lengths_are_errors(model, tokenizer, count, message):
+    with pytest.raises(ConfigError, match=message):
+        generate_text(model, tokenizer, PROMPT, max_new_tokens=count)
 
 
 def test_a_prompt_without_tokens_is_an_error(model):

@@ -1,12 +1,11 @@
 """Samples of text from a model."""
 
-from typing import Any
-
-import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headfuse.errors import ConfigError
-from headfuse.evaluation.inference import device_of, measuring
+from headfuse.evaluation.inference import measuring
+from headfuse.generation.decoding import Decoder
+from headfuse.generation.sampling import GREEDY, Sampling
 
 
 def generate_text(
@@ -15,35 +14,37 @@ def generate_text(
     prompt: str,
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
+    sampling: Sampling = GREEDY,
     seed: int = 0,
 ) -> str:
-    """What `model` writes after `prompt`, without the prompt; temperature 0 always takes the likeliest token.
+    """What `model` writes after `prompt`, without the prompt; by default it always takes the likeliest token.
 
-    The global random state is left as it was. Raises ConfigError for a negative temperature, no new tokens, or a
-    prompt without tokens.
+    The global random state is left as it was. Raises ConfigError for no new tokens, a prompt without tokens, or more of
+    both than the model has positions.
     """
-    if temperature < 0 or max_new_tokens < 1:
-        raise ConfigError(
-            f"wanted temperature >= 0 and at least 1 new token, got {temperature} and {max_new_tokens}; raise them"
-        )
-    device = device_of(model)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device=device, dtype=torch.int64)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].long()
     if not ids.numel():
         raise ConfigError("wanted a prompt of at least one token, got none; write some text")
-    stop = model.generation_config.eos_token_id
-    options = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature or None,
-        top_k=0 if temperature else None,
-        top_p=1.0 if temperature else None,
-        eos_token_id=stop,
-        pad_token_id=stop[0] if isinstance(stop, list) else stop if stop is not None else 0,
-    )
-    devices = [device] if device.type == "cuda" else []
-    with measuring(model), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        generate: Any = model.generate  # declared as a tensor by nn.Module
-        output = generate(ids, attention_mask=torch.ones_like(ids), generation_config=options)
-    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    tokens, limit = ids.shape[1] + max_new_tokens, positions_of(model)
+    if limit is not None and tokens > limit:
+        raise ConfigError(
+            f"wanted at most {limit} tokens, the model's positions, got {ids.shape[1]} of prompt and {max_new_tokens} "
+            "new ones; write fewer"
+        )
+    ends = ends_of(model)
+    with measuring(model):
+        decoder = Decoder(model, sampling=sampling, eos=ends, pad=ends[0] if ends else 0)
+        written = decoder.write(ids, max_new_tokens=max_new_tokens, seed=seed)
+    return str(tokenizer.decode(written[0], skip_special_tokens=True))
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many positions the model was made for; None if its configuration does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def ends_of(model: PreTrainedModel) -> list[int]:
+    """The tokens at which the model's own generation settings stop."""
+    settings = model.generation_config
+    own = settings.eos_token_id if settings is not None else None
+    return list(own) if isinstance(own, list) else [] if own is None else [own]

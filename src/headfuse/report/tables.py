@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from headfuse.benchmark.cases import Case
+    from headfuse.benchmark.run import Benchmark
     from headfuse.checkpoints.describe import Description
     from headfuse.demo import Demonstration
     from headfuse.evaluation.report import EvaluationReport
@@ -133,6 +135,40 @@ def evaluation_table(found: "EvaluationReport") -> str:
         facts.append((task, f"exact match {values['exact_match']:.4f}"))
     width = max(len(name) for name, _ in facts)
     return "\n".join([found.model, *(f"  {name:<{width}}  {value}" for name, value in facts)])
+
+
+def benchmark_table(found: "Benchmark") -> str:
+    """What `bench` prints: the cases of one batch and context under each other."""
+    names = [each["name"] for each in found.models]
+    ordered = sorted(found.cases, key=lambda case: (case.context, case.batch, names.index(case.model)))
+    header = ["context", "batch", "model", "first token", "tokens/s", "step", "attention", "GB/s", "of copy"]
+    header += ["cache", "peak", "largest batch"]
+    shown = table(header, [_case_row(case) for case in ordered])
+    models = [
+        f"{each['name']}: {each['weight_bytes'] / 1e9:.2f} GB of weights, {each['cache_bytes_per_token']:,} bytes of "
+        f"cache per token, attention {each['attention']!r}"
+        for each in found.models
+    ]
+    copied = f"copy rate {found.copy_gb_s:,.1f} GB/s on {found.device}, {found.precision}; attention is one layer's"
+    return "\n".join([shown, "", *models, copied])
+
+
+def _case_row(case: "Case") -> list[str]:
+    start = [f"{case.context:,}", str(case.batch), case.model]
+    cache = f"{case.cache_bytes / 1e9:.3f} GB"
+    if not case.fits:
+        return [*start, "does not fit", *["-"] * 5, cache, "-", "-"]
+    figures = [
+        (case.first_token_seconds, "{:.3f} s"),
+        (case.tokens_per_second, "{:,.1f}"),
+        (None if case.step_seconds is None else case.step_seconds * 1e3, "{:.2f} ms"),
+        (case.attention_microseconds, "{:,.0f} us"),
+        (case.attention_gb_s, "{:,.1f}"),
+        (case.copy_fraction, "{:.0%}"),
+    ]
+    shown = ["-" if value is None else form.format(value) for value, form in figures]
+    peak = "-" if case.peak_bytes is None else f"{case.peak_bytes / 1e9:.2f} GB"
+    return [*start, *shown, cache, peak, "-" if case.largest_batch is None else f"{case.largest_batch:,}"]
 
 
 def demonstration_table(found: "Demonstration") -> str:

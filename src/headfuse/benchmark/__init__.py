@@ -1,0 +1,1 @@
+"""How fast a model serves: time to the first token, tokens a second, attention against the copy rate, what fits."""
