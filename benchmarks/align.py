@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 
-from dha import BUDGETS, CALIBRATION, LENGTH, Bench, arguments, stage_record
+from dha import BUDGETS, CALIBRATION, Bench, add_shared_options, arguments, stage_record
 from headfuse.conversion import Settings
 from headfuse.course import Course
 from headfuse.planning.budget import parse_budget
 from headfuse.pruning import Lesson, Pruning, prune_heads
 from headfuse.sharing.methods import SharingOptions
-from headfuse.training.options import TrainingOptions, rows_for
 from training_free import merge, provenance, write
 
 RESULTS = Path(__file__).parent / "results" / "align.json"
@@ -83,17 +82,9 @@ def run(bench: Bench, name: str, arm: Arm, kv: str, budget: str, seed: int) -> d
     settings = replace(arm.settings, share=parse_budget(kv), seed=seed, precision=bench.precision)
     calibrating, tokens = min(arm.calibration, BUDGETS[budget] or arm.calibration), BUDGETS[budget]
     converted, statistics = bench.converted(settings, calibrating or CALIBRATION)
-    rows, left = rows_for(max(0, tokens - calibrating), LENGTH), max(0, tokens - calibrating)
+    left = max(0, tokens - calibrating)
     rate = arm.rate if options.rate is None else options.rate
-    training = TrainingOptions(
-        tokens=max(left, rows * LENGTH),
-        rows=rows,
-        length=LENGTH,
-        repeat=True,
-        rate=rate,
-        captured=bench.here.device.type == "cuda" and not options.eager,
-        seed=seed,
-    )
+    training = replace(bench.training(left, seed), rate=rate)
     pruning = replace(arm.pruning, training=training)
     if left >= training.step_tokens:
         lesson, course = Lesson.of(bench.text, pruning, bench.loaded.model), Course(bench.text, bench.here)
@@ -165,23 +156,8 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", help="results to merge")
-    parser.add_argument("--model", help="folder of the model")
-    parser.add_argument("--name", default="reference", help="what the rows call it")
-    parser.add_argument("--training", help=".npy of token ids")
-    parser.add_argument("--evaluation", help=".npz of token ids, one array a domain")
-    parser.add_argument("--cache", default=".run", help="where text is packed, if it is not packed already")
-    parser.add_argument("--kv", default="25%")
-    parser.add_argument("--ways", default="", help=f"by commas, of: {', '.join(arms())}")
-    parser.add_argument("--budgets", default="1.03M")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--rate", type=float)
+    add_shared_options(parser, arms(), budgets="1.03M", out=RESULTS)
     parser.set_defaults(update=None, lm_weight=None)  # what dha.py records besides
-    parser.add_argument("--eager", action="store_true", help="do not capture steps as CUDA graphs")
-    parser.add_argument("--device")
-    parser.add_argument("--precision")
-    parser.add_argument("--commit", help="commit to record where the checkout is not a repository")
-    parser.add_argument("--out", default=str(RESULTS))
     return parser.parse_args()
 
 

@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,6 @@ RESULTS = Path(__file__).parent / "results" / "dha.json"
 CALIBRATION, LONG_CALIBRATION = 65_536, 524_288
 BUDGETS = {"0": 0, "41k": 41_000, "206k": 206_000, "1.03M": 1_030_000, "4M": 4_000_000, "16M": 16_000_000}
 LENGTH = 512
-COMPILED_FROM = 100_000_000  # tokens from which compiling pays beside capturing
 CURVE_POINTS = 30
 SPEED_ROWS, SPEED_STEPS = 128, 60
 
@@ -182,19 +181,22 @@ class Bench:
             "stages": {stage: stage_record(report) for stage, report in reports.items()},
         }
 
-    def learning(self, case: Case, tokens: int) -> Learning:
-        """The stages of a case for that many tokens."""
+    def training(self, tokens: int, seed: int) -> TrainingOptions:
+        """A run of that many tokens, of one step at least."""
         rows = rows_for(tokens, LENGTH)
-        training = TrainingOptions(
+        return TrainingOptions(
             tokens=max(tokens, rows * LENGTH),
             rows=rows,
             length=LENGTH,
             repeat=True,
-            compiled=self.here.device.type == "cuda" and tokens >= COMPILED_FROM,
             captured=self.here.device.type == "cuda" and not self.options.eager,
-            seed=case.seed,
+            seed=seed,
         )
-        learning = replace(case.way.learning, training=replace(training, **case.training))
+
+    def learning(self, case: Case, tokens: int) -> Learning:
+        """The stages of a case for that many tokens."""
+        training = replace(self.training(tokens, case.seed), **case.training)
+        learning = replace(case.way.learning, training=training)
         return learning if case.lm_weight is None else replace(learning, lm_weight=case.lm_weight)
 
     def converted(self, settings: Settings, calibrating: int) -> tuple[Converted, list[LayerStatistics]]:
@@ -368,6 +370,16 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=[*TABLES, "merge"])
+    add_shared_options(parser, WAYS, budgets=",".join(BUDGETS), out=RESULTS)
+    parser.add_argument("--rates", help="results of the table `rates`, whose best each way then uses")
+    parser.add_argument("--update", choices=["adamw", "muon"])
+    parser.add_argument("--lm-weight", type=float, help="share of language-model loss in healing, for all ways")
+    parser.add_argument("--compile", action="store_true", help="speed: compile blocks and losses")
+    return parser.parse_args()
+
+
+def add_shared_options(parser: argparse.ArgumentParser, ways: Iterable[str], *, budgets: str, out: Path) -> None:
+    """What every script that trains the reference takes."""
     parser.add_argument("files", nargs="*", help="results to merge")
     parser.add_argument("--model", help="folder of the model")
     parser.add_argument("--name", default="reference", help="what the rows call it")
@@ -375,20 +387,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--evaluation", help=".npz of token ids, one array a domain")
     parser.add_argument("--cache", default=".run", help="where text is packed, if it is not packed already")
     parser.add_argument("--kv", default="25%")
-    parser.add_argument("--ways", default="", help=f"by commas, of: {', '.join(WAYS)}")
-    parser.add_argument("--budgets", default=",".join(BUDGETS))
+    parser.add_argument("--ways", default="", help=f"by commas, of: {', '.join(ways)}")
+    parser.add_argument("--budgets", default=budgets)
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--rates", help="results of the table `rates`, whose best each way then uses")
     parser.add_argument("--rate", type=float)
-    parser.add_argument("--update", choices=["adamw", "muon"])
-    parser.add_argument("--lm-weight", type=float, help="share of language-model loss in healing, for all ways")
-    parser.add_argument("--compile", action="store_true", help="speed: compile blocks and losses")
     parser.add_argument("--eager", action="store_true", help="do not capture steps as CUDA graphs")
     parser.add_argument("--device")
     parser.add_argument("--precision")
     parser.add_argument("--commit", help="commit to record where the checkout is not a repository")
-    parser.add_argument("--out", default=str(RESULTS))
-    return parser.parse_args()
+    parser.add_argument("--out", default=str(out))
 
 
 if __name__ == "__main__":
