@@ -5,13 +5,12 @@ import sys
 
 import pytest
 import torch
-from problems import decoding, folded, random_map
+from problems import decoding, random_map
 from torch.testing import assert_close
 
 from headfuse.errors import ConfigError
 from headfuse.ops.decoupled_attention import Rows, Scoring, attention, dispatch, head_maps, naive_attention
 from headfuse.ops.decoupled_attention.dispatch import BACKENDS, chosen
-from headfuse.ops.decoupled_attention.grouped import grouped_decode
 from headfuse.ops.decoupled_attention.scoring import PLAIN
 
 TRITON = dispatch.HAS_TRITON
@@ -53,20 +52,6 @@ def test_every_backend_takes_pages_and_gives_gradients(backend, monkeypatch):
     (got,) = torch.autograd.grad(attention(query, key, value, maps, rows).square().sum(), query)
     (wanted,) = torch.autograd.grad(expected(query, key, value, maps, rows).square().sum(), query)
     assert_close(got, wanted, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("heads", [(8, 3, 5), (32, 2, 14), (16, 4, 4), (5, 5, 1)])
-def test_decoding_without_a_gpu_reads_the_folded_cache(heads):
-    query, key, value, maps, rows = step(heads)
-    scoring = Scoring(softcap=3.0, window=20)
-    got = grouped_decode(query[:, :, 0], folded(key), folded(value), maps, rows, scoring=scoring)
-    assert_close(got[:, :, None], expected(query, key, value, maps, rows, scoring), atol=1e-5, rtol=1e-5)
-
-
-def test_a_row_of_no_tokens_gives_zeros():
-    query, key, value, maps, _ = step()
-    rows = Rows(torch.tensor([50, 0], dtype=torch.int32))
-    assert not grouped_decode(query[:, :, 0], key, value, maps, rows)[1].any()
 
 
 def test_the_choice_follows_the_device_and_the_question():

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from jaxtyping import Int
@@ -46,6 +46,12 @@ class HeadMaps:
     def num_value_heads(self) -> int:
         """V."""
         return len(self.value_groups)
+
+    @cached_property
+    def consecutive(self) -> bool:
+        """Whether the query heads follow each other group by group, in equal groups, for keys and for values."""
+        given = torch.arange(self.num_query_heads, device=self.key.device)
+        return torch.equal(self.key_slots.flatten(), given) and torch.equal(self.out_slots, given)
 
     def tensors(self) -> list[Tensor]:
         """The fields in order: what a torch operator can be given."""
