@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from headfuse.ops.decoupled_attention.decode import DecodeConfig, decode_attention, default_config
+from headfuse.ops.decoupled_attention.decode import DecodeConfig, decode_attention, default_config, hopper_config
 from headfuse.ops.decoupled_attention.head_maps import HeadMaps, head_maps, tile
 from headfuse.ops.decoupled_attention.library import prefill_op
 from headfuse.ops.decoupled_attention.naive import naive_attention
@@ -136,18 +136,19 @@ def learned_checks() -> list[Case]:
 
 def configs(case: Case) -> list[DecodeConfig]:
     """What to try for one shape."""
-    shapes = [(128, 8, 4), (128, 8, 6), (64, 8, 6)] if case.query_heads <= 32 else [(64, 8, 4), (64, 8, 6)]
-    fused = [DecodeConfig("fused", *shape, programs) for shape in shapes for programs in (1, 2)]
-    passes = [DecodeConfig("passes", *shape, programs) for shape in ((64, 4, 4), (128, 4, 3)) for programs in (2, 4)]
-    return [*fused, *passes] if case.query_heads <= 64 else passes
+    tokens = case.batch * case.context / torch.cuda.get_device_properties(0).multi_processor_count
+    default = hopper_config(case.query_heads, case.head_dim, tokens)
+    found = [default, replace(default, programs=2 * default.programs), DecodeConfig("passes", 128, 4, 3, 2)]
+    if case.query_heads <= 64 and case.head_dim == 128:
+        shapes = [(128, 4, 6, 1), (64, 4, 5, 2), (64, 4, 12, 1), (32, 4, 6, 3)]
+        found += [DecodeConfig("hopper", *shape) for shape in shapes]
+    return list(dict.fromkeys(found))
 
 
 def checked_configs(case: Case) -> list[DecodeConfig | None]:
     """The default, and each way of computing that suits the size."""
     passes = DecodeConfig("passes", 32 if case.dtype == "fp32" else 64, warps=4, stages=3, programs=2)
-    if case.dtype == "fp32" or case.head_dim <= 64 or case.query_heads * case.head_dim > 64 * 128:
-        return [None, passes]
-    return [None, passes, DecodeConfig(block=64)]
+    return [None, passes]
 
 
 class Inputs:
@@ -408,7 +409,7 @@ def memory_rates() -> dict[str, float]:
     """GB/s of a copy (bytes read plus bytes written), and of reading alone: the ceiling of decoding."""
     source = torch.randint(1 << 30, (1 << 29,), dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
-    copy = microseconds([lambda: target.copy_(source)] * 3)
+    copy = eager_microseconds(lambda: target.copy_(source))["microseconds"]  # a graph would leave it to the copy engine
     sink, best = torch.empty(1 << 23, dtype=torch.int32, device="cuda"), []
     for programs in (132 * 4, 132 * 8):
         best.append(microseconds([lambda n=programs: read_kernel[n,](source, sink, source.numel(), BLOCK=4096)] * 3))
@@ -512,7 +513,7 @@ def tabulate(name: str, case: Case, done: set[str], best: dict[str, DecodeConfig
     """Time the default (or the tuned) configuration and torch's attention."""
     inputs = Inputs(case)
     expected = inputs.reference()
-    config = best.get(key_of(case), default_config(inputs.query[0]))
+    config = best.get(key_of(case), default_config(inputs.query[0], inputs.key[0], inputs.value[0], inputs.table))
 
     def timed() -> dict[str, float]:
         return verify(inputs, config, expected) | {"microseconds": microseconds(inputs.launches(config))}
@@ -608,8 +609,8 @@ def kernels(mode: str, best: dict[str, DecodeConfig]) -> Iterator[tuple[Case, De
         maps = maps_of(case)
         sizes = (tile(case.query_heads), maps.key_groups.shape[1], maps.value_groups.shape[1])
         for config in tried:
-            # Combining has three kernels, by the number of splits; a small run has one for each block.
-            for pieces in (1, 4, 16, 20):
+            # Combining has four kernels, by the number of splits; a small run has one for each block.
+            for pieces in (1, 4, 16, 20, 80):
                 key = (config, pieces, sizes, case.head_dim, case.dtype, case.page, case.softcap is None)
                 if key not in seen:
                     seen.add(key)

@@ -12,8 +12,7 @@ bits. Eight products for a pair of tiles, against seven where keys and values sh
 import triton
 import triton.language as tl
 
-from headfuse.ops.decoupled_attention.combine_kernel import LN2
-from headfuse.ops.decoupled_attention.fused_kernel import capped
+from headfuse.ops.decoupled_attention.kernel_scores import LN2, capped
 from headfuse.ops.decoupled_attention.prefill_kernel import row_span, row_tile, seen_by, whole_span
 
 

@@ -1,7 +1,7 @@
 """Joins what the splits of a row computed: the last step of split decoding.
 
 Partial outputs are normalised within their split and carry the base-2 log-sum-exp of its scores, -inf if the split was
-empty. `SPLITS` are read at a time.
+empty. `SPLITS` are read at a time, of `CHANNELS` channels.
 """
 
 # Triton's types are those of plain Python calls, not of a kernel's.
@@ -11,7 +11,7 @@ empty. `SPLITS` are read at a time.
 import triton
 import triton.language as tl
 
-LN2 = tl.constexpr(0.6931471805599453)
+from headfuse.ops.decoupled_attention.kernel_scores import LN2
 
 
 @triton.jit(do_not_specialize=["num_heads", "splits"])
@@ -27,17 +27,17 @@ def combine_kernel(
     WEIGHTED: tl.constexpr,
     SPLITS: tl.constexpr,
     DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
+    CHANNELS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One program a query head and row. Not `WEIGHTED`: the partial outputs simply add up.
+    """One program a query head, row and stretch of channels. Not `WEIGHTED`: the partial outputs simply add up.
 
     `DEPENDENT`: launched before the splits are done, so it waits for them.
     """
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    dims, some = tl.arange(0, PADDED_DIM), tl.arange(0, SPLITS)
+    dims, some = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, SPLITS)
     place = (row * num_heads + head) * splits
     top, total = float("-inf"), 0.0
     if WEIGHTED:
@@ -46,7 +46,7 @@ def combine_kernel(
             scores = tl.load(partial_lse + place + at, mask=at < splits, other=float("-inf"), cache_modifier=".cg")
             top = tl.maximum(top, tl.max(scores, 0))
     top = tl.where(top == float("-inf"), 0.0, top)
-    joined = tl.zeros([PADDED_DIM], tl.float32)
+    joined = tl.zeros([CHANNELS], tl.float32)
     for first in tl.range(0, splits, SPLITS):
         at = first + some
         part = tl.load(
@@ -65,6 +65,6 @@ def combine_kernel(
         divisor = tl.where(total == 0, 1.0, total)
         joined = joined / divisor
         joined_lse = tl.where(total == 0, float("-inf"), (top + tl.log2(divisor)) * LN2)
-        tl.store(lse + row * num_heads + head, joined_lse)
+        tl.store(lse + row * num_heads + head, joined_lse, mask=tl.program_id(2) == 0)
     address = out + row * out_row_stride + head.to(tl.int64) * out_head_stride + dims
     tl.store(address, joined.to(out.dtype.element_ty), mask=dims < DIM)

@@ -10,53 +10,51 @@ shapes alone, so a captured graph serves rows that grow.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from math import log2
 from typing import Any, Literal
 
 import torch
 import triton
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from headfuse.errors import ConfigError
 from headfuse.ops.decoupled_attention.combine_kernel import combine_kernel
-from headfuse.ops.decoupled_attention.fused_kernel import fused_kernel
-from headfuse.ops.decoupled_attention.head_maps import HeadMaps, tile
+from headfuse.ops.decoupled_attention.head_maps import HeadMaps
 from headfuse.ops.decoupled_attention.passes_kernel import scores_kernel, values_kernel
 from headfuse.ops.decoupled_attention.rows import ALL_TOKENS, Rows
 from headfuse.ops.decoupled_attention.scoring import PLAIN, Scoring
 
-Design = Literal["fused", "passes"]
+Design = Literal["hopper", "passes"]
 
 LOG2E = log2(torch.e)
 MAX_QUERY_HEADS = 128
 HEAD_DIMS = range(16, 257)
-# Measured right on Hopper with Triton 3.6: two groups of four warps, each with its own half of the channels. With one
-# group, or two that share the channels, the product of values and weights was wrong.
-FUSED_WARPS = 8
-FUSED_WIDTH = 128
-# The tile of query heads whose outputs fit the registers.
-FUSED_HEADS = 32
+HOPPER = 9
+# Bytes of a Hopper multiprocessor, and what each of its programs takes for itself.
+SHARED_MEMORY, RESERVED_MEMORY = 228 * 1024, 1024
+MOST_STAGES = 10
+# Channels of a program that joins many splits.
+SHORT_STRETCH = 32
+# Another wave has to fill the multiprocessors by so much more.
+MOST_WAVES, WORTHWHILE = 4, 0.08
 # What the interpreter pretends to have.
 NO_PROCESSORS = 4
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How to run one decoding step; `programs` is the wanted number of programs for each multiprocessor."""
+    """How to run one decoding step; `programs` is the wanted number of programs for each multiprocessor.
 
-    design: Design = "fused"
+    "hopper" reads each head once in one kernel, on Hopper alone; "passes" takes two, anywhere.
+    """
+
+    design: Design = "passes"
     block: int = 128
-    warps: int = 8
-    stages: int = 4
-    programs: int = 1
-
-    def __post_init__(self) -> None:
-        if self.design == "fused" and self.warps != FUSED_WARPS:
-            raise ConfigError(
-                f"fused decoding: wanted {FUSED_WARPS} warps, got {self.warps}, with which Triton 3.6 returns wrong "
-                "values on Hopper; leave the warps out"
-            )
+    warps: int = 4
+    stages: int = 3
+    programs: int = 2
 
 
 def decode_attention(
@@ -73,35 +71,59 @@ def decode_attention(
 
     Without a block table the cache is dense and P is B. A row of no tokens gives zeros and -inf.
 
-    Raises ConfigError for more than 128 query heads, a head width outside 16..256, heads that are not contiguous, or a
-    configuration known to be wrong.
+    Raises ConfigError for more than 128 query heads, a head width outside 16..256, or heads that are not contiguous.
     """
     _check(query, key, value, maps)
-    config = config or default_config(query)
-    if config.design == "fused" and query.is_cuda and triton.next_power_of_2(query.shape[-1]) < FUSED_WIDTH:
-        raise ConfigError(
-            f"fused decoding: wanted heads of more than {FUSED_WIDTH // 2} channels, got {query.shape[-1]}, for which "
-            "Triton 3.6 returns wrong values on Hopper; use two passes"
-        )
+    config = config or default_config(query, key, value, rows.block_table)
     step = _Step(query, key, value, maps, rows, scoring)
-    if config.design == "fused":
-        _fused(step, config)
+    if config.design == "hopper":
+        _hopper(step, config)
     else:
         _passes(step, config)
     return step.out, step.lse
 
 
-def default_config(query: Float[Tensor, "B H d"]) -> DecodeConfig:
-    """One pass where the outputs of all heads fit the registers, else two.
+def default_config(
+    query: Float[Tensor, "B H d"],
+    key: Float[Tensor, "P K N d"],
+    value: Float[Tensor, "P V N d"],
+    block_table: Int[Tensor, "B pages"] | None = None,
+) -> DecodeConfig:
+    """For Hopper one kernel; elsewhere, in fp32, or where 16 bytes of a token cannot be copied at once, two passes."""
+    width, single = triton.next_power_of_2(query.shape[-1]), query.dtype == torch.float32
+    if on_hopper(query.device) and not single and aligned(key, value):
+        capacity = key.shape[2] if block_table is None else key.shape[2] * block_table.shape[1]
+        return hopper_config(query.shape[1], width, query.shape[0] * capacity / processors(query.device))
+    return DecodeConfig(block=32 if single else 128 if width <= 128 else 64)
 
-    Of all that `benchmarks/decode_attention.py tune` tried, the fused configuration was at most 4% behind the best of
-    each shape of up to 32 query heads, and two passes with 128 tokens a block were the best of each shape of more.
+
+def hopper_config(heads: int, width: int, tokens: float) -> DecodeConfig:
+    """The configuration for that many tokens of all rows on each multiprocessor, with all the stages that fit.
+
+    Memory is read fastest in large tiles of few programs; where there are few tokens, more programs share them.
     """
-    width, narrow = triton.next_power_of_2(query.shape[-1]), query.dtype == torch.float32
-    block = 32 if narrow else 128 if width <= 128 else 64
-    if width >= FUSED_WIDTH and tile(query.shape[1]) <= FUSED_HEADS and not narrow:
-        return DecodeConfig(block=block)
-    return DecodeConfig("passes", block, warps=4, stages=3, programs=2)
+    warps = 4 if heads <= 64 else 8
+    block, programs = (128, 1) if tokens >= 96 else (64, 2) if tokens >= 40 else (32, 3)
+    if width > 128:
+        block = min(block, 64)
+    if width > 128 or warps == 8:
+        programs = 1
+    room = SHARED_MEMORY // programs - RESERVED_MEMORY - 16 * warps * width * 2
+    return DecodeConfig("hopper", block, warps, min(MOST_STAGES, room // (block * width * 2)), programs)
+
+
+def split_count(programs: int, capacity: int, block: int, room: int) -> int:
+    """Into how many stretches of whole blocks to cut the tokens of each program, so that waves of `room` are full.
+
+    The fewest, unless one of the next waves fills the room by a good deal more.
+    """
+    most, fullest, chosen = max(1, triton.cdiv(capacity, block)), 0.0, 1
+    for waves in range(1, MOST_WAVES + 1):
+        splits = min(most, max(1, waves * room // programs))
+        filled = splits * programs / (triton.cdiv(splits * programs, max(1, room)) * max(1, room))
+        if filled > fullest + WORTHWHILE:
+            fullest, chosen = filled, splits
+    return chosen
 
 
 class _Step:
@@ -123,16 +145,14 @@ class _Step:
         self.constants: dict[str, Any] = {
             "DIM": self.dim,
             "PADDED_DIM": triton.next_power_of_2(self.dim),
-            "PRECISION": "ieee",
             "PAGE": 0 if self.block_table is None else key.shape[2],
         }
         self.table_row_stride = 0 if self.block_table is None else self.block_table.stride(0)
 
     def splits(self, parts: int, config: DecodeConfig) -> int:
-        """Into how many stretches to cut each row, `parts` programs running for each: whole waves if possible."""
+        """Into how many stretches to cut each row, `parts` programs running for each."""
         room = config.programs * processors(self.query.device)
-        most = max(1, triton.cdiv(self.capacity, config.block))
-        return min(most, max(1, room // (self.rows * parts)))
+        return split_count(self.rows * parts, self.capacity, config.block, room)
 
     def partial(self, splits: int) -> tuple[Tensor, Tensor]:
         """Room for the outputs and log-sum-exps of every split."""
@@ -142,11 +162,12 @@ class _Step:
         return torch.empty((*shape, self.dim), dtype=torch.float32, device=device), lse
 
 
-def _fused(step: _Step, config: DecodeConfig) -> None:
+def _hopper(step: _Step, config: DecodeConfig) -> None:
+    from headfuse.ops.decoupled_attention.hopper_kernel import hopper_kernel  # Gluon is not in every Triton
+
     splits = step.splits(1, config)
     partial_out, partial_lse = step.partial(splits) if splits > 1 else (step.lse, step.lse)
-    dependent = splits > 1 and step.query.is_cuda
-    fused_kernel[splits, step.rows](
+    hopper_kernel[splits, step.rows](
         step.query,
         step.key,
         step.value,
@@ -171,16 +192,16 @@ def _fused(step: _Step, config: DecodeConfig) -> None:
         *step.key.stride()[:3],
         *step.value.stride()[:3],
         step.table_row_stride,
-        QUERIES=tile(step.heads),
+        QUERIES=16 * config.warps,
         BLOCK=config.block,
         STAGES=config.stages,
         SOFTCAP=step.softcap > 0,
-        DEPENDENT=dependent,
+        DEPENDENT=splits > 1,
         num_warps=config.warps,
         **step.constants,
     )
     if splits > 1:
-        _combine(step, partial_out, partial_lse, splits, weighted=True, dependent=dependent)
+        _combine(step, partial_out, partial_lse, splits, weighted=True, dependent=True)
 
 
 def _passes(step: _Step, config: DecodeConfig) -> None:
@@ -188,7 +209,8 @@ def _passes(step: _Step, config: DecodeConfig) -> None:
     splits = step.splits(max(maps.num_key_heads, maps.num_value_heads), config)
     partial_out, partial_lse = step.partial(splits)
     scores = torch.empty(step.rows, step.heads, step.capacity, dtype=torch.float32, device=step.query.device)
-    common = {"BLOCK": config.block, "STAGES": config.stages, "num_warps": config.warps, **step.constants}
+    common = {"BLOCK": config.block, "STAGES": config.stages, "num_warps": config.warps, "PRECISION": "ieee"}
+    common |= step.constants
     scores_kernel[splits, maps.num_key_heads, step.rows](
         step.query,
         step.key,
@@ -228,7 +250,7 @@ def _passes(step: _Step, config: DecodeConfig) -> None:
         step.table_row_stride,
         scores.stride(1),
         QUERIES=maps.value_groups.shape[1],
-        SPLITS=join_tile(splits),
+        SPLITS=min(join_tile(splits), 64),
         **common,
     )
     _combine(step, partial_out, partial_lse, splits, weighted=False, dependent=False)
@@ -237,7 +259,9 @@ def _passes(step: _Step, config: DecodeConfig) -> None:
 def _combine(
     step: _Step, partial_out: Tensor, partial_lse: Tensor, splits: int, *, weighted: bool, dependent: bool
 ) -> None:
-    combine_kernel[step.heads, step.rows](
+    width = step.constants["PADDED_DIM"]
+    channels = min(width, SHORT_STRETCH) if splits > 16 else width  # few rows with many splits: more programs
+    combine_kernel[step.heads, step.rows, width // channels](
         partial_out,
         partial_lse,
         step.out,
@@ -248,7 +272,7 @@ def _combine(
         WEIGHTED=weighted,
         SPLITS=join_tile(splits),
         DIM=step.dim,
-        PADDED_DIM=step.constants["PADDED_DIM"],
+        CHANNELS=channels,
         DEPENDENT=dependent,
         num_warps=4 if splits > 16 else 1,
         **({"launch_pdl": True} if dependent else {}),
@@ -256,8 +280,21 @@ def _combine(
 
 
 def join_tile(splits: int) -> int:
-    """How many splits to read at once: one of three sizes, so that few kernels are compiled."""
-    return 4 if splits <= 4 else 16 if splits <= 16 else 64
+    """How many splits to read at once: one of four sizes, so that few kernels are compiled."""
+    return 4 if splits <= 4 else 16 if splits <= 16 else 64 if splits <= 64 else 256
+
+
+@lru_cache
+def on_hopper(device: torch.device) -> bool:
+    """Whether the device has Hopper's matrix unit, and Triton its Gluon."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER:
+        return False
+    return find_spec("triton.experimental.gluon") is not None
+
+
+def aligned(*caches: Tensor) -> bool:
+    """Whether every 16 bytes of every token can be copied at once."""
+    return all(x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:3]) for x in caches)
 
 
 @lru_cache

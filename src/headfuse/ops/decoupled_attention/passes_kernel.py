@@ -1,7 +1,7 @@
 """Decoding in two passes: scores of each key head, then the weighted sums of each value head.
 
-Both passes are plain loops over one head's tokens, whatever the maps; the scores go through memory in fp32. For many
-query heads, where one program cannot hold the outputs of all of them.
+Both passes are plain loops over one head's tokens, whatever the maps; the scores go through memory in fp32. For every
+GPU and dtype that the kernel for Hopper is not made for.
 """
 
 # Triton's types are those of plain Python calls, not of a kernel's.
@@ -11,8 +11,7 @@ query heads, where one program cannot hold the outputs of all of them.
 import triton
 import triton.language as tl
 
-from headfuse.ops.decoupled_attention.combine_kernel import LN2
-from headfuse.ops.decoupled_attention.fused_kernel import scored, stretch
+from headfuse.ops.decoupled_attention.kernel_scores import LN2, scored, stretch
 
 
 @triton.jit

@@ -11,8 +11,7 @@ for the backward pass. A row's queries are the last of its tokens.
 import triton
 import triton.language as tl
 
-from headfuse.ops.decoupled_attention.combine_kernel import LN2
-from headfuse.ops.decoupled_attention.fused_kernel import capped
+from headfuse.ops.decoupled_attention.kernel_scores import LN2, capped
 from headfuse.ops.decoupled_attention.passes_kernel import head_tile
 
 
