@@ -14,10 +14,11 @@ from headfuse.report.tables import demonstration_table, markdown
 from headfuse.sharing.refit import RefitOptions
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("dha.md", "align.md")))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("dha.md", "align.md", "kernels.md")))
 RESULTS = Path(__file__).parent / "results"
 
 BUDGETS = ["0", "41k", "206k", "1.03M", "4M", "16M"]
+TABLE_SIZES = ((1, 131072), (8, 8192), (64, 2048), (1, 16384))
 REFIT_STEPS = RefitOptions().steps
 
 Row = dict[str, Any]
@@ -161,6 +162,56 @@ def arms(rows: Sequence[Row]) -> str:
     )
 
 
+def decoding(rows: Sequence[Row]) -> str:
+    """Microseconds of a decoding step's attention and share of the copy rate, beside torch's by equal bytes."""
+    columns = [("triton", counts) for counts in ("8 + 8", "6 + 10", "2 + 14")]
+    columns += [("cudnn", "8 + 8"), ("flash", "8 + 8"), ("triton", "4 + 4"), ("triton", "2 + 6"), ("cudnn", "4 + 4")]
+    columns += [("cudnn", "32 + 32")]
+    found: dict[str, dict[tuple[str, str], str]] = {}
+    for row in rows:
+        plain = row["layout"] == "heads" and not row["page"] and not row["ragged"]
+        if plain and row["head_dim"] == 128 and row["query_heads"] == 32:
+            cells = found.setdefault(f"{row['batch']} x {row['context']}", {})
+            counts = (row["backend"], f"{row['key_heads']} + {row['value_heads']}")
+            cells.setdefault(counts, f"{row['microseconds']:.0f} ({row['copy_fraction']:.0%})")
+    names = [f"{'' if backend == 'triton' else backend + ' '}{counts}" for backend, counts in columns]
+    return markdown(
+        ["rows x tokens", *names],
+        [[size, *(cells.get(column, "") for column in columns)] for size, cells in found.items() if len(cells) > 1],
+    )
+
+
+def caches(rows: Sequence[Row]) -> str:
+    """The same for 6 + 10 heads by how the cache lies, and other shapes."""
+    lines = []
+    for row in rows:
+        plain = row["layout"] == "heads" and not row["page"] and not row["ragged"]
+        usual = row["head_dim"] == 128 and row["query_heads"] == 32 and (row["batch"], row["context"]) in TABLE_SIZES
+        if row["backend"] == "triton" and not (plain and usual):
+            cache = "tokens" if row["layout"] == "tokens" else "heads"
+            cache += f", pages of {row['page']}" if row["page"] else ""
+            heads = f"{row['query_heads']} on {row['key_heads']} + {row['value_heads']} of {row['head_dim']}"
+            size = f"{row['batch']} x {row['context']}{', ragged' if row['ragged'] else ''}"
+            lines.append([size, heads, cache, f"{row['microseconds']:.0f}", f"{row['copy_fraction']:.0%}"])
+    return markdown(["rows x tokens", "heads", "cache by", "µs", "of the copy rate"], lines)
+
+
+def steps(rows: Sequence[Row]) -> str:
+    """Milliseconds of a whole decoding step, and its speed-up over multi-head attention beside the roofline's."""
+    names = {"mha": "32 + 32", "gqa": "8 + 8", "dha": "6 + 10"}
+    sizes = list(dict.fromkeys((row["batch"], row["context"]) for row in rows))
+    found: dict[tuple[str, str], dict[tuple[int, int], str]] = {}
+    for row in rows:
+        cell = f"{row['microseconds'] / 1000:.1f}"
+        if row["model"] != "mha":
+            cell += f" ({row['speedup']:.2f}x of {row['roofline_speedup']:.2f}x)"
+        found.setdefault((row["model"], row["attention"]), {})[row["batch"], row["context"]] = cell
+    return markdown(
+        ["heads", "attention", *(f"{batch} x {context}" for batch, context in sizes)],
+        [[names[m], attention, *(cells.get(size, "") for size in sizes)] for (m, attention), cells in found.items()],
+    )
+
+
 def _trained_way(row: Row) -> str:
     return f"{row['method']}{', next-token loss' if row['lm_weight'] == 1 else ''}"
 
@@ -181,6 +232,9 @@ TABLES = {
     "ablation": ("dha.json", ablation),
     "speed": ("dha.json", speed),
     "arms": ("align.json", arms),
+    "decoding": ("decode_attention.json", decoding),
+    "caches": ("decode_attention.json", caches),
+    "steps": ("decode_step.json", steps),
 }
 
 if __name__ == "__main__":
