@@ -77,6 +77,13 @@ def ask_for_tile(
 
 
 @gluon.jit
+def wait_for_tile(STAGES: gl.constexpr):
+    """The oldest tile under way has arrived, for the matrix unit too: Triton adds that fence itself from 3.7 on."""
+    async_copy.wait_group(STAGES - 2)
+    fence_async_shared()
+
+
+@gluon.jit
 def next_tile(head, at, width, BLOCK: gl.constexpr):
     """The head and the block of tokens after these."""
     wraps = head + 1 == width
@@ -188,7 +195,7 @@ def hopper_kernel(
     for block in range(blocks):
         products = nothing
         for head in range(num_keys):
-            async_copy.wait_group(STAGES - 2)
+            wait_for_tile(STAGES)
             ask_for_tile(
                 tiles, free, asked, asked_at, left > 0, num_keys, keys, values, pages, visible, DIM, BLOCK, PAGE, copied
             )
@@ -210,7 +217,7 @@ def hopper_kernel(
         weights = gl.convert_layout(raised.to(dtype), weighed)
 
         for head in range(num_values):
-            async_copy.wait_group(STAGES - 2)
+            wait_for_tile(STAGES)
             ask_for_tile(
                 tiles, free, asked, asked_at, left > 0, num_keys, keys, values, pages, visible, DIM, BLOCK, PAGE, copied
             )
