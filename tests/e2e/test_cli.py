@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from command_line import assert_refused
 from headfuse import progress
 from headfuse.evaluation.cache_bytes import measured_cache_bytes
+from headfuse.folder import SPARE_BYTES
 from headfuse.manifest import Manifest
 from headfuse.planning.plan import HeadPlan
 from pico import logits_of, pico, tokens
@@ -356,6 +357,18 @@ def test_a_full_disk_is_noticed_first(convert, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: DiskUsage(10**9, 10**9 - 1000, 1000))
     assert_refused(convert(), "disk")
     assert_nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_disk_must_have_room_for_the_weights_of_any_format(convert, damaged, tmp_path, monkeypatch, pickled):
+    weights = sum(tensor.nbytes for tensor in load_file(damaged / WEIGHTS).values())
+    if pickled:
+        as_pickle(damaged)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: DiskUsage(10**9, 0, SPARE_BYTES + weights - 1))
+    assert_refused(convert("--allow-pickle", source=damaged), "disk")
+    assert_nothing_written(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: DiskUsage(10**9, 0, SPARE_BYTES + weights + 10_000))
+    assert convert("--allow-pickle", source=damaged).code == 0
 
 
 @pytest.mark.parametrize("stage", ["statistics", "grouping", "refit"])

@@ -2,20 +2,26 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from headfuse.errors import TextError
-from headfuse.evaluation.exact_match import measure_exact_match, write_answers
+from headfuse.evaluation.exact_match import batches_by_length, measure_exact_match, write_answers
 from headfuse.models.dha import DHA_CLASSES
 from headfuse.progress import silent
 from headfuse.text.example_files import Example
 from headfuse.text.examples import encode_prompts
 from pico import FAMILIES, every_family, logits_of, pico
+from pico_dha import pico_dha
 from tiny_tokenizer import BOS, EOS, VOCABULARY, tiny_tokenizer
 
 SIZES = {"vocab_size": VOCABULARY, "bos_token_id": 0}
 PROMPTS = ["a", "Where is the hen?", "the cat met the other one", "b: ", "1 + 1 ="]
 EXAMPLES = [Example(prompt, "the answer"[: i + 3], "t") for i, prompt in enumerate(PROMPTS)]
 NEW_TOKENS = 6  # " the ans" is the longest answer: " the", " ", three letters, and its eos
+needs_gpu = pytest.param(
+    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +65,52 @@ def test_so_do_decoupled_heads(family, tokenizer):
         for parameter in model.parameters():
             parameter.add_(0.25 * torch.randn_like(parameter))
     assert_batches_change_nothing(model, tokenizer)
+
+
+def generated(model, prompt, **options):
+    """The tokens that transformers writes behind a prompt."""
+    ids = torch.tensor([prompt], device=model.device)
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 20} | options
+    return model.generate(ids, **options)[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("device", ["cpu", needs_gpu])
+@pytest.mark.parametrize("make", [pico, pico_dha])
+def test_answers_are_those_of_generate_wherever_they_end(make, device, tokenizer):
+    model = make("llama", **SIZES).to(device)
+    prompts = [word * count for count in (1, 3, 5, 12) for word in ("x", "Is it?", "the cat ")]
+    examples = [Example(prompt, "z" * 18, "t") for prompt in prompts]  # with a space in front and an eos behind: 20
+    ids = encode_prompts(prompts, tokenizer)
+    ends = [EOS, generated(model, ids[4])[0], generated(model, ids[5])[6]]
+    rows = [generated(model, prompt, eos_token_id=ends) for prompt in ids]
+    assert {1, 20} < {len(row) for row in rows}  # some end at once, some later, some never
+    wanted = [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+    model.generation_config.eos_token_id = ends
+    for batch_tokens in (1, 200, 500, 10_000):
+        assert write_answers(model, tokenizer, examples, batch_tokens=batch_tokens) == wanted
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+@given(lengths=st.lists(st.integers(2, 4000), max_size=200), batch_tokens=st.integers(1, 20_000))
+def test_batches_hold_every_row_once_within_the_bound(replayed, lengths, batch_tokens):
+    found = list(batches_by_length(lengths, batch_tokens, replayed=replayed))
+    order = [row for _, batch in found for row in batch]
+    assert sorted(order) == list(range(len(lengths)))
+    assert [lengths[row] for row in order] == sorted(lengths, reverse=True)
+    for room, batch in found:
+        needed = lengths[batch[0]]
+        assert needed <= room <= (max(needed * 5 / 4, needed + 15) if replayed else needed)
+        assert len(batch) * room <= batch_tokens or len(batch) == 1
+
+
+def test_replayed_batches_have_few_shapes():
+    lengths = list(range(2, 2000))
+    shapes, others = (
+        {(room, len(batch)) for room, batch in batches_by_length(lengths, 16_384, replayed=each)}
+        for each in (True, False)
+    )
+    assert len(shapes) < 30 < len(others)  # 4 rooms to each doubling, and the last batch
+    assert len({room for room, _ in shapes}) >= len(shapes) - 1
 
 
 def test_writing_ends_at_the_tokenizer_s_eos(tokenizer):

@@ -1,10 +1,13 @@
 """The methods by name: what each groups on, and that nothing happens where nothing is shared."""
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headfuse.checkpoints.describe import SharingName
 from headfuse.errors import ConfigError, PlanError
 from headfuse.planning.grouping import HeadGroups, contiguous_groups
 from headfuse.sharing.methods import METHODS, SharingOptions, SourceLayer, group_layer, method_named
@@ -32,6 +35,10 @@ def grouped(layer, counts, name, options=None, target="dha", seed=0):
 def test_an_unknown_method_lists_the_known_ones():
     with pytest.raises(ConfigError, match=r"'svd'.*closed-form"):
         method_named("svd")
+
+
+def test_every_method_that_models_are_described_for_is_there():
+    assert tuple(METHODS) == get_args(SharingName)
 
 
 @every_method

@@ -4,7 +4,7 @@ Read from config.json and the headers of the weight files, so a 70B model takes 
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
@@ -16,10 +16,12 @@ from headfuse.checkpoints.source import Source
 from headfuse.errors import UnsupportedArchitectureError
 from headfuse.models.dha.decoupled_attention import AttentionShape
 
-Method = Literal["mean-pool", "procrustes", "closed-form", "dha", "align"]
+# Those that share heads without training (`sharing.methods` has them by these names), and those that train.
+SharingName = Literal["mean-pool", "procrustes", "closed-form"]
+Method = Literal[SharingName, "dha", "align"]
 Target = Literal["gqa", "dha"]
-METHODS: tuple[Method, ...] = ("mean-pool", "procrustes", "closed-form", "dha", "align")
-TARGETS: tuple[Target, ...] = ("gqa", "dha")
+METHODS: tuple[Method, ...] = get_args(Method)
+TARGETS: tuple[Target, ...] = get_args(Target)
 PERCENTS = (50.0, 25.0, 12.5)
 # Written once more in the file where the embedding is tied.
 OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")

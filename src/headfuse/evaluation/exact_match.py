@@ -5,16 +5,20 @@ that padding changes nothing.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from jaxtyping import Bool, Int64
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headfuse.errors import TextError
-from headfuse.evaluation.inference import device_of, measuring
+from headfuse.evaluation.inference import ends_of, measuring, positions_of
 from headfuse.evaluation.tasks import share
+from headfuse.generation.decoding import Decoder, can_capture
 from headfuse.precision import Precision
 from headfuse.progress import Stages, silent
 from headfuse.text.example_files import Example
@@ -71,58 +75,62 @@ def write_answers(
 
     The likeliest token is taken until an eos (the tokenizer's or the model's), for at most as many tokens as the
     longest answer and its eos have. A prompt that leaves no room for them within the model's positions loses its start,
-    with a warning. Raises what `measure_exact_match` raises.
+    with a warning. Raises what `measure_exact_match` raises. On a GPU steps are replayed from a graph, except in bf16:
+    of autocast none is recorded.
     """
     encoded = encode_examples(examples, tokenizer)
     longest = max(one.ids.size - one.num_prompt for one in encoded)
     prompts = _fit([one.ids[: one.num_prompt].tolist() for one in encoded], model, longest, name)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    options = _greedy(model, tokenizer, longest)
+    eos = end_of_text(tokenizer)
+    ends = [eos, *ends_of(model)]
+    lengths = [len(prompt) + longest for prompt in prompts]
     written: dict[int, str] = {}
     with measuring(model, precision=precision), progress(f"exact match {name}", len(prompts), "questions") as advance:
-        while len(written) < len(order):
-            width = len(prompts[order[len(written)]])
-            size = max(1, batch_tokens // (width + longest))
-            batch = order[len(written) : len(written) + size]
-            written.update(zip(batch, _continue(model, tokenizer, [prompts[i] for i in batch], options), strict=True))
-            advance(len(batch))
+        batches = batches_by_length(lengths, batch_tokens, replayed=can_capture(model))
+        for room, group in groupby(batches, lambda pair: pair[0]):
+            decoder = Decoder(model, eos=ends, pad=eos, room=room)
+            for _, batch in group:
+                ids, mask = _padded([prompts[i] for i in batch], eos)
+                rows = decoder.write(ids, mask, max_new_tokens=longest)
+                texts = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                written.update(zip(batch, (text.strip() for text in texts), strict=True))
+                advance(len(batch))
     return [written[i] for i in range(len(prompts))]
 
 
-def _continue(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], options: GenerationConfig
-) -> list[str]:
-    width, device = max(map(len, prompts)), device_of(model)
-    ids = torch.full((len(prompts), width), int(options.pad_token_id))
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    generate: Any = model.generate  # declared as a tensor by nn.Module
-    output = generate(ids.to(device), attention_mask=mask.to(device), generation_config=options)
-    texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return [text.strip() for text in texts]
+def batches_by_length(lengths: Sequence[int], batch_tokens: int, *, replayed: bool) -> Iterator[tuple[int, list[int]]]:
+    """The tokens that a row of a batch has room for, and which rows are in it: the longest first.
+
+    For steps that are `replayed`, rooms are few, and batches of the same room have as many rows, but for the very last:
+    a step is recorded once for each room. Otherwise a room is what its longest row needs.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        longest = lengths[order[0]]
+        room = _rounded(longest) if replayed else longest
+        size = max(1, batch_tokens // room)
+        batch, order = order[:size], order[size:]
+        yield room, batch
 
 
-def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    """The likeliest token always, whatever the model's own settings ask for."""
-    eos = end_of_text(tokenizer)
-    own = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ends = {eos, *(own if isinstance(own, list) else [] if own is None else [own])}
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        eos_token_id=sorted(ends),
-        pad_token_id=eos,
-    )
+def _rounded(tokens: int) -> int:
+    """The next of a few lengths, four to each doubling and multiples of 16: at most a quarter or 15 are left over."""
+    step = max(16, (1 << tokens.bit_length()) // 8)
+    return -(-tokens // step) * step
+
+
+def _padded(prompts: Sequence[list[int]], pad: int) -> tuple[Int64[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    """Prompts as one tensor, padded on the left, and where they are."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    gaps = torch.tensor([width - len(prompt) for prompt in prompts])
+    return ids, torch.arange(width) >= gaps[:, None]
 
 
 def _fit(prompts: list[list[int]], model: PreTrainedModel, new_tokens: int, name: str) -> list[list[int]]:
     """Drop the start of what does not fit into the model's positions with the answer behind it."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not limit:
+    limit = positions_of(model)
+    if limit is None:
         return prompts
     room = limit - new_tokens
     if room < 1:

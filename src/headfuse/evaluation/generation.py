@@ -3,7 +3,7 @@
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headfuse.errors import ConfigError
-from headfuse.evaluation.inference import measuring
+from headfuse.evaluation.inference import ends_of, measuring, positions_of
 from headfuse.generation.decoding import Decoder
 from headfuse.generation.sampling import GREEDY, Sampling
 
@@ -36,15 +36,3 @@ def generate_text(
         decoder = Decoder(model, sampling=sampling, eos=ends, pad=ends[0] if ends else 0)
         written = decoder.write(ids, max_new_tokens=max_new_tokens, seed=seed)
     return str(tokenizer.decode(written[0], skip_special_tokens=True))
-
-
-def positions_of(model: PreTrainedModel) -> int | None:
-    """How many positions the model was made for; None if its configuration does not say."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
-def ends_of(model: PreTrainedModel) -> list[int]:
-    """The tokens at which the model's own generation settings stop."""
-    settings = model.generation_config
-    own = settings.eos_token_id if settings is not None else None
-    return list(own) if isinstance(own, list) else [] if own is None else [own]

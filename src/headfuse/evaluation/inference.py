@@ -1,4 +1,7 @@
-"""How every measurement runs a model: in evaluation mode, without gradients, at the asked precision."""
+"""How every measurement runs a model: in evaluation mode, without gradients, at the asked precision.
+
+And what a model says of the texts that it can write: how long they may be, and where they end.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +41,18 @@ def measuring(*models: nn.Module, precision: Precision = "fp32") -> Iterator[Non
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter, for a language model its embedding, lives."""
     return next(model.parameters()).device
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many positions the model was made for; None if its configuration does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def ends_of(model: PreTrainedModel) -> list[int]:
+    """The tokens at which the model's own generation settings stop."""
+    settings = model.generation_config
+    own = settings.eos_token_id if settings is not None else None
+    return list(own) if isinstance(own, list) else [] if own is None else [own]
 
 
 def forward_logits(model: PreTrainedModel, tokens: Int64[Tensor, "B T"]) -> Float[Tensor, "B T V"]:

@@ -1,12 +1,12 @@
 """The sharing methods by name: how each prices a group of heads, and how it makes one head of it."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 
+from headfuse.checkpoints.describe import SharingName
 from headfuse.checkpoints.heads import AttentionHeads
 from headfuse.errors import ConfigError
 from headfuse.planning.grouping import Group, HeadGroups, Price, contiguous_groups, group_heads, memoised
@@ -142,7 +142,7 @@ class ClosedForm:
         return closed_form(layer.heads, layer.moments, groups)
 
 
-METHODS: Mapping[str, SharingMethod] = {
+METHODS: dict[SharingName, SharingMethod] = {
     "mean-pool": MeanPool(),
     "procrustes": Procrustes(),
     "closed-form": ClosedForm(),
