@@ -3,14 +3,17 @@
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
 
+from headfuse.claim import CLAIM
 from headfuse.errors import CheckpointError, ConfigError
-from headfuse.folder import OutputFolder, writing
+from headfuse.folder import SPARE_BYTES, OutputFolder, check_output, writing
 from headfuse.manifest import Manifest, git_commit, identify, manifest
 from pico import pico
 
@@ -209,6 +212,133 @@ def test_ctrl_c_in_a_real_process_leaves_nothing_behind(tmp_path):
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], capture_output=True, check=False)
     assert b"KeyboardInterrupt" in done.stderr
     assert names(tmp_path) == []
+
+
+WRITER = """
+import os, shutil, signal, sys, time
+from pathlib import Path
+from headfuse.folder import writing
+
+def kill(*ignored, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+with writing(Path(sys.argv[1]), overwrite=True) as folder:
+    (folder.root / "config.json").write_text("newer")
+    {fate}
+"""
+KILLED = "kill()"
+# The renames of the old folder, of the new one, and the removals behind them.
+KILLED_BETWEEN_RENAMES = "rename = Path.rename; Path.rename = lambda a, b: kill() if a.name == 'new' else rename(a, b)"
+KILLED_BEHIND_RENAMES = "shutil.rmtree = kill"
+LIVING = "print('writing', flush=True); time.sleep(300)"
+
+
+def leave(out, fate=KILLED):
+    """What a real killed process leaves beside `out`."""
+    done = subprocess.run([sys.executable, "-c", WRITER.format(fate=fate), str(out)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (partial,) = out.parent.glob(".out.partial-*")
+    return partial
+
+
+@contextmanager
+def living(out):
+    """A real process that writes to `out` within the context; it is killed at the end."""
+    command = [sys.executable, "-c", WRITER.format(fate=LIVING), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "writing\n"
+            yield
+        finally:
+            process.kill()
+
+
+def write_new(folder):
+    (folder.root / "config.json").write_text("new")
+
+
+def test_the_next_write_removes_what_a_killed_process_left(tmp_path):
+    out = tmp_path / "out"
+    partial = leave(out)
+    with pytest.warns(UserWarning, match=rf"out: removed {partial.name} .* a killed process") as said:
+        write(out, write_new)
+    assert [str(each.message).count("\n") for each in said] == [0]
+    assert said[0].filename == __file__
+    assert (out / "config.json").read_text() == "new"
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_a_living_process_writes_is_kept(tmp_path):
+    out = tmp_path / "out"
+    with living(out):
+        (partial,) = tmp_path.glob(".out.partial-*")
+        write(out, write_new)
+        assert names(tmp_path) == [partial.name, "out"]
+        assert (partial / "new" / "config.json").read_text() == "newer"
+    with pytest.warns(UserWarning, match="a killed process"):
+        write(out, write_new, overwrite=True)
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_this_process_writes_at_the_same_time_is_kept(tmp_path):
+    out = tmp_path / "out"
+    with writing(out, overwrite=True) as folder:
+        write_new(folder)
+        write(out, write_new)
+        assert len(names(tmp_path)) == 2
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("owner", ["another\n01234567-89ab-cdef-0123-456789abcdef\n", "", None])
+def test_what_another_host_or_nobody_known_left_is_kept(tmp_path, owner):
+    out = tmp_path / "out"
+    partial = leave(out)
+    if owner is None:  # a process that has made its folder and not claimed it yet
+        (partial / CLAIM).unlink()
+    else:
+        (partial / CLAIM).write_text(owner)
+    write(out, write_new)
+    assert names(tmp_path) == [partial.name, "out"]
+    assert (partial / "new" / "config.json").read_text() == "newer"
+
+
+def test_what_was_left_of_another_output_is_kept(tmp_path):
+    partial = leave(tmp_path / "out")
+    for name in ("o", "ou", "o?t", "out2", ".out"):
+        write(tmp_path / name, write_new)
+    assert partial.is_dir()
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(old):
+    leave(old, KILLED_BETWEEN_RENAMES)
+    assert not old.exists()
+    with pytest.warns(UserWarning, match="a killed process"), pytest.raises(ConfigError, match="--overwrite"):
+        write(old, write_new)
+    assert names(old) == ["config.json", "old.txt"]
+    assert names(old.parent) == ["out"]
+
+
+def test_a_kill_behind_the_renames_leaves_the_new_folder(old):
+    leave(old, KILLED_BEHIND_RENAMES)
+    assert (old / "config.json").read_text() == "newer"
+    with pytest.warns(UserWarning, match="a killed process"):
+        write(old, write_new, overwrite=True)
+    assert names(old) == ["config.json", "headfuse"]
+    assert names(old.parent) == ["out"]
+
+
+def test_the_room_of_what_will_be_removed_counts_as_free(tmp_path, monkeypatch):
+    out, needed = tmp_path / "out", 10**6
+    partial = leave(out)
+    free = SPARE_BYTES + needed // 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**10, 10**10 - free, free))
+    with pytest.raises(ConfigError, match="GB are free"):
+        check_output(out, overwrite=False, needed_bytes=needed, source=None)
+    with (partial / "new" / "model.safetensors").open("wb") as file:
+        file.truncate(needed)
+    check_output(out, overwrite=False, needed_bytes=needed, source=None)
+    assert partial.is_dir()
 
 
 def test_the_names_are_those_of_the_documentation(tmp_path):

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from headfuse.calibration import Calibration
     from headfuse.checkpoints.describe import Description
     from headfuse.checkpoints.registry import adapter_for
     from headfuse.checkpoints.source import locate
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
         UnsupportedArchitectureError,
     )
     from headfuse.evaluation.report import EvaluationReport
+    from headfuse.evaluation.run import evaluate
     from headfuse.healing import Healing, heal
     from headfuse.learning import Learning
-    from headfuse.pipeline import Calibration, Conversion, convert, evaluate
+    from headfuse.pipeline import Conversion, convert
     from headfuse.placement import Placement
     from headfuse.planning.budget import parse_budget
     from headfuse.planning.plan import HeadPlan, LayerPlan
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "calibration": ("Calibration",),
     "checkpoints.describe": ("Description",),
     "checkpoints.registry": ("adapter_for",),
     "checkpoints.source": ("locate",),
@@ -49,9 +52,10 @@ _MODULES = {
         "UnsupportedArchitectureError",
     ),
     "evaluation.report": ("EvaluationReport",),
+    "evaluation.run": ("evaluate",),
     "healing": ("Healing", "heal"),
     "learning": ("Learning",),
-    "pipeline": ("Calibration", "Conversion", "convert", "evaluate"),
+    "pipeline": ("Conversion", "convert"),
     "placement": ("Placement",),
     "planning.budget": ("parse_budget",),
     "planning.plan": ("HeadPlan", "LayerPlan"),

@@ -236,8 +236,8 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Convert MODEL into OUT: statistics, plan, shared heads, refit, exactness checks; methods dha and align train."""
+    from headfuse.calibration import Calibration
     from headfuse.conversion import Settings
-    from headfuse.pipeline import Calibration
     from headfuse.pipeline import convert as run
     from headfuse.placement import Placement
     from headfuse.planning.budget import parse_budget
@@ -404,7 +404,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a model: cross-entropy, distance to the original, bytes of its real cache, tasks, exact match."""
-    from headfuse.pipeline import evaluate as run
+    from headfuse.evaluation.run import evaluate as run
     from headfuse.placement import Placement
     from headfuse.progress import for_terminal
     from headfuse.report.tables import evaluation_table

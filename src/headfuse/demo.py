@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from headfuse.calibration import Calibration
 from headfuse.checkpoints.loading import load_model, load_tokenizer
 from headfuse.checkpoints.opened import LoadedModel
 from headfuse.checkpoints.registry import adapter_for
@@ -14,7 +15,6 @@ from headfuse.comparison import Case, Comparison, Result
 from headfuse.conversion import Settings
 from headfuse.errors import CheckpointError
 from headfuse.evaluation.generation import generate_text
-from headfuse.pipeline import Calibration
 from headfuse.placement import Placement
 from headfuse.progress import Stages, silent
 from headfuse.text.builtin import Part

@@ -1,18 +1,22 @@
 """The output folder: the names in it, and writing it whole or not at all.
 
-A conversion writes into a hidden sibling, `.OUT.partial-xxxx`, and one rename makes it OUT. Whatever ends the
-work early (an error, Ctrl-C, a full disk) removes the sibling and leaves what stood at OUT as it was.
+A conversion writes into a hidden sibling, `.OUT.partial-xxxxxxxx`, and one rename makes it OUT. Whatever ends the
+work early (an error, Ctrl-C, a full disk) removes the sibling and leaves what stood at OUT as it was. What a killed
+process leaves behind is removed by the next one that writes to OUT.
 """
 
 import errno
+import glob
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from headfuse.claim import abandoned, claimed
 from headfuse.errors import ConfigError
 
 # Metadata, a model card and the block size of the file system come on top of the weights.
@@ -65,6 +69,42 @@ class OutputFolder:
         return self.records / "eval"
 
 
+@dataclass(frozen=True)
+class _Partial:
+    """What a write keeps beside `out` until it is done; `mark` tells one write from another."""
+
+    out: Path
+    mark: str
+
+    @property
+    def root(self) -> Path:
+        """The folder that is claimed, and that everything else is found by."""
+        return self.out.with_name(f".{self.out.name}.partial-{self.mark}")
+
+    @property
+    def new(self) -> Path:
+        """What will stand at `out`."""
+        return self.root / "new"
+
+    @property
+    def old(self) -> Path:
+        """What stood at `out`, from the first of two renames on. A sibling: to move elsewhere takes more rights."""
+        return self.out.with_name(f".{self.out.name}.replaced-{self.mark}")
+
+    def replace(self) -> None:
+        """Let the new folder stand at `out`."""
+        if self.out.exists():
+            self.out.rename(self.old)
+        self.new.rename(self.out)
+
+    def remove(self) -> None:
+        """Remove it all, the claimed folder last; an old folder that no new one came for is put back."""
+        if self.old.exists() and not self.out.exists():
+            self.old.rename(self.out)
+        for folder in (self.new, self.old, self.root):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
 def writing(
     out: Path,
@@ -76,33 +116,36 @@ def writing(
     """Within the context, a temporary folder to write into; it becomes `out` if the context ends without exception.
 
     `needed_bytes` is an estimate of what will be written, `source` the model folder that must not be written to.
+    Warns of what it removes of a killed write to the same `out`.
     Raises ConfigError before any work if `out` is taken (and not `overwrite`), overlaps `source`, cannot be
     created, or has too little disk space; and if the disk fills up while writing.
     """
     out = out.expanduser().resolve()
+    _remove_leftovers(out)
     check_output(out, overwrite=overwrite, needed_bytes=needed_bytes, source=source)
-    mark = uuid.uuid4().hex[:8]
-    partial = out.with_name(f".{out.name}.partial-{mark}")
+    partial = _Partial(out, uuid.uuid4().hex[:8])
     made: list[Path] = []
     try:
         made = make_parents(out)
-        (partial / "headfuse").mkdir(parents=True)
-        yield OutputFolder(partial)
-        _check_target(out, overwrite=overwrite, source=source)  # again: the work may have taken hours
-        _open_to_readers(partial)
-        _replace(partial, out, aside=out.with_name(f".{out.name}.replaced-{mark}"))
+        (partial.new / "headfuse").mkdir(parents=True)
+        with claimed(partial.root):
+            yield OutputFolder(partial.new)
+            _check_target(out, overwrite=overwrite, source=source)  # again: the work may have taken hours
+            _open_to_readers(partial.new)
+            partial.replace()
+        partial.remove()
     except BaseException as error:
-        written = _size(partial)
-        shutil.rmtree(partial, ignore_errors=True)
+        written = _size(partial.new)
+        partial.remove()
         for parent in reversed(made):
             if not any(parent.iterdir()):
                 parent.rmdir()
-        _explain(error, out, partial, written=written, needed=needed_bytes)
+        _explain(error, out, partial.root, written=written, needed=needed_bytes)
         raise
 
 
 def check_output(out: Path, *, overwrite: bool, needed_bytes: int, source: Path | None) -> None:
-    """Raise the ConfigErrors that `writing` would raise before any work."""
+    """Raise the ConfigErrors that `writing` would raise before any work; nothing is removed yet."""
     out = out.expanduser().resolve()
     _check_target(out, overwrite=overwrite, source=source)
     _check_space(out, needed_bytes)
@@ -131,6 +174,7 @@ def _check_space(out: Path, needed_bytes: int) -> None:
     if not needed_bytes:
         return
     free, needed = shutil.disk_usage(_nearest(out.parent)).free, needed_bytes + SPARE_BYTES
+    free += sum(_size(leftover.root) for leftover in _leftovers(out))
     if free < needed:
         raise ConfigError(
             f"{out}: wanted {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; free some space or choose an "
@@ -150,18 +194,20 @@ def make_parents(out: Path) -> list[Path]:
     return absent
 
 
-def _replace(partial: Path, out: Path, *, aside: Path) -> None:
-    """Rename `partial` to `out`; an old `out` is moved aside first, put back on failure, and deleted last."""
-    replaced = out.exists()
-    if replaced:
-        out.rename(aside)
-    try:
-        partial.rename(out)
-    except BaseException:
-        if replaced:
-            aside.rename(out)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+def _leftovers(out: Path) -> list[_Partial]:
+    """What processes of this host that are gone left beside `out`."""
+    found = out.parent.glob(f".{glob.escape(out.name)}.partial-{'[0-9a-f]' * 8}")
+    return [_Partial(out, path.name[-8:]) for path in found if abandoned(path)]
+
+
+def _remove_leftovers(out: Path) -> None:
+    for leftover in _leftovers(out):
+        size = _size(leftover.root)
+        leftover.remove()
+        warnings.warn(
+            f"{out}: removed {leftover.root.name} ({size / 1e9:.2f} GB), which a killed process left behind",
+            stacklevel=4,
+        )
 
 
 def _open_to_readers(folder: Path) -> None:

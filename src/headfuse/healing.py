@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from headfuse.checkpoints.assembly import decoder_layers
 from headfuse.checkpoints.card import healed_card
-from headfuse.checkpoints.loading import load_config, load_model, load_tokenizer
+from headfuse.checkpoints.loading import load_config, load_model, load_tokenizer, stored_dtype
 from headfuse.checkpoints.registry import adapter_of_converted
 from headfuse.checkpoints.source import Source, locate
 from headfuse.checkpoints.validation import check_weights
@@ -238,15 +238,8 @@ def _write(
     teacher: str | None,
 ) -> None:
     """The healed weights in the dtype of the converted ones, with everything else of that folder, and the curve."""
-    dtype = getattr(load_config(source.folder), "dtype", None)
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    write_checkpoint(
-        folder.root,
-        state,
-        config,
-        source=source.folder,
-        dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32,
-    )
+    write_checkpoint(folder.root, state, config, source=source.folder, dtype=stored_dtype(source.folder))
     for file in source.folder.glob("*.py"):
         shutil.copyfile(file, folder.root / file.name)
     before = OutputFolder(source.folder)

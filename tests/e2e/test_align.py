@@ -164,8 +164,9 @@ def test_a_killed_run_goes_on_with_the_same_command_and_writes_the_same_bits(ali
         os.kill(killed.pid, signal.SIGKILL)
         assert killed.wait() == -signal.SIGKILL
     assert 8 <= run.latest_step() < STEPS
-    subprocess.run(command, check=True, capture_output=True)
-    assert not (tmp_path / "out.run").exists()
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stderr.count("which a killed process left behind") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ids.npy", "out", "whole"]
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     assert curve(tmp_path / "out", "loss") == curve(tmp_path / "whole", "loss")
 

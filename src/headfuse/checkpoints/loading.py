@@ -46,6 +46,12 @@ def load_config(folder: Path) -> Any:
     return config
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that a model folder's configuration names, in which what is made of it is stored too; fp32 without."""
+    dtype = getattr(load_config(folder), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
 def load_model(
     source: Source | Path,
     *,

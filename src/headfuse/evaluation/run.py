@@ -1,0 +1,71 @@
+"""The `eval` stage: load a model, and another to compare with, and measure all that is asked."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from headfuse.checkpoints.loading import load_model, load_tokenizer, stored_dtype
+from headfuse.checkpoints.source import locate
+from headfuse.checkpoints.validation import check_weights
+from headfuse.errors import CheckpointError
+from headfuse.evaluation.cache_bytes import cache_report
+from headfuse.evaluation.exact_match import measure_exact_match
+from headfuse.evaluation.report import EvaluationReport
+from headfuse.evaluation.tasks import evaluate_tasks
+from headfuse.evaluation.text_loss import measure_text_loss
+from headfuse.placement import Placement
+from headfuse.progress import Stages, silent
+from headfuse.text.examples import load_examples
+from headfuse.text.rows import count_row_bytes, load_tokens
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    text: str | None = None,
+    tokens: int | None = 65536,
+    length: int = 1024,
+    tasks: Sequence[str] = (),
+    examples: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    placement: Placement | None = None,
+    stages: Stages = silent,
+) -> EvaluationReport:
+    """Measure a model, stock or converted: text loss, distance to `against`, cache bytes, tasks, exact match.
+
+    `examples` is a source as `load_examples` takes it, of which the validation split is asked.
+    """
+    device, precision = (placement or Placement()).resolve()
+    asked = [] if examples is None else load_examples(examples, "val")
+    source = locate(str(model))
+    check_weights(source.folder)
+    judged = load_model(source, device=device)
+    reference = None if against is None else load_model(locate(str(against)), device=device)
+    tokenizer = load_tokenizer(source) or (load_tokenizer(locate(str(against))) if against is not None else None)
+    longest = getattr(judged.config, "max_position_embeddings", None) or length
+    rows = load_tokens(
+        text,
+        tokenizer,
+        num_tokens=tokens,
+        length=min(length, longest),
+        seed=seed,
+        part="evaluation",
+        vocab_size=judged.config.vocab_size,
+    )
+    row_bytes = None if tokenizer is None else count_row_bytes(rows.tokens, tokenizer)
+    loss = measure_text_loss(
+        judged, rows, reference=reference, row_bytes=row_bytes, precision=precision, progress=stages
+    )
+    found: dict[str, dict[str, Any]] = {}
+    matches: dict[str, dict[str, Any]] = {}
+    if tasks or asked:
+        if tokenizer is None:
+            raise CheckpointError(
+                f"{source.folder}: tasks want a tokenizer, the folder has none; copy it into the folder"
+            )
+        found = evaluate_tasks(judged, tokenizer, tasks, precision=precision, limit=limit, progress=stages)
+        matches = measure_exact_match(judged, tokenizer, asked, precision=precision, limit=limit, progress=stages)
+    cache = cache_report(judged.to(stored_dtype(source.folder)))  # type: ignore[arg-type]
+    return EvaluationReport(source.public_name, loss.as_dict(), cache, found, matches)
