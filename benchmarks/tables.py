@@ -200,15 +200,18 @@ def steps(rows: Sequence[Row]) -> str:
     """Milliseconds of a whole decoding step, and its speed-up over multi-head attention beside the roofline's."""
     names = {"mha": "32 + 32", "gqa": "8 + 8", "dha": "6 + 10"}
     sizes = list(dict.fromkeys((row["batch"], row["context"]) for row in rows))
-    found: dict[tuple[str, str], dict[tuple[int, int], str]] = {}
+    found: dict[tuple[str, str, bool], dict[tuple[int, int], str]] = {}
     for row in rows:
         cell = f"{row['microseconds'] / 1000:.1f}"
         if row["model"] != "mha":
             cell += f" ({row['speedup']:.2f}x of {row['roofline_speedup']:.2f}x)"
-        found.setdefault((row["model"], row["attention"]), {})[row["batch"], row["context"]] = cell
+        found.setdefault((row["model"], row["attention"], row["compiled"]), {})[row["batch"], row["context"]] = cell
     return markdown(
         ["heads", "attention", *(f"{batch} x {context}" for batch, context in sizes)],
-        [[names[m], attention, *(cells.get(size, "") for size in sizes)] for (m, attention), cells in found.items()],
+        [
+            [names[model], f"{attention}{', compiled' * compiled}", *(cells.get(size, "") for size in sizes)]
+            for (model, attention, compiled), cells in found.items()
+        ],
     )
 
 
