@@ -6,10 +6,11 @@
 Weights, maps, keys and values are random, in bf16; the models come from configurations, no file is read. A step is
 generation's own, captured as a CUDA graph: one token a row against a cache of exactly `context` tokens, that one
 counted. Before it is timed, the same graph runs against a short stretch of the cache, and its logits are held against
-those of torch's attention without a graph. `--small` takes a tiny shape on the CPU, without graphs.
+those of torch's attention without a graph. Every model is measured as it is and then with compiled blocks, as
+`headfuse generate --compile` does. `--small` takes a tiny shape on the CPU, without graphs.
 
 The roofline of a step reads all weights but the embedding table once (of that, a row a token) and the cache once. A
-speedup is over the fastest multi-head step of the same case, whichever attention that used.
+speedup is over the fastest multi-head step of the same case, compiled like it or not, whichever attention that used.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from headfuse.benchmark.timing import seconds_of_each
-from headfuse.generation.decoding import Decoding, cache_room
+from headfuse.generation.decoding import Decoding, Steps, cache_room
 from headfuse.models.dha import DHA_CLASSES
 from training_free import provenance, write
 
@@ -94,11 +95,12 @@ class Found:
         self.rows.append(row)
         self.save()
         row = compared(self.rows)[-1]
+        kind = "compiled" if row["compiled"] else "as it is"
         ratio = f"{row['speedup']:.2f}x of {row['roofline_speedup']:.2f}x" if row["speedup"] else "no multi-head step"
         print(
-            f"{time.monotonic() - self.started:6.1f} s  {row['model']} {row['attention']:<8} {row['batch']:>2} x "
-            f"{row['context']:<6} {row['microseconds']:>9.1f} us {row['gb_s']:>7.1f} GB/s  {ratio}  "
-            f"error {row['logit_error']:.1e}",
+            f"{time.monotonic() - self.started:6.1f} s  {row['model']} {row['attention']:<8} {kind} "
+            f"{row['batch']:>2} x {row['context']:<6} {row['microseconds']:>9.1f} us {row['gb_s']:>7.1f} GB/s  "
+            f"{ratio}  error {row['logit_error']:.1e}",
             flush=True,
         )
 
@@ -118,14 +120,14 @@ class Found:
 
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with their speedups, measured and by the bytes read; None where no multi-head step was measured."""
-    fastest: dict[tuple[int, int], dict[str, Any]] = {}
+    fastest: dict[tuple[int, int, bool], dict[str, Any]] = {}
     for row in rows:
-        case = row["batch"], row["context"]
+        case = row["batch"], row["context"], row["compiled"]
         if row["model"] == "mha":
             fastest[case] = min(fastest.get(case, row), row, key=lambda each: each["microseconds"])
     found = []
     for row in rows:
-        base = fastest.get((row["batch"], row["context"]))
+        base = fastest.get((row["batch"], row["context"], row["compiled"]))
         ratios = [None] * 3
         if base is not None:
             speedup, roofline = base["microseconds"] / row["microseconds"], base["bytes"] / row["bytes"]
@@ -141,11 +143,12 @@ def measure_model(name: str, cases: Sequence[tuple[int, int]], found: Found) -> 
     torch.manual_seed(SEED)
     with found.device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
-    for (batch, context), attention in product(cases, attentions):
-        row = {"model": name, "attention": attention, "key_heads": keys, "value_heads": values}
-        row |= {"batch": batch, "context": context}
-        if measured := found.attempt(row, measure, model, attention, batch, context):
-            found.add(row | measured)
+    for compiled in (False, True):
+        for (batch, context), attention in product(cases, attentions):
+            row = {"model": name, "attention": attention, "key_heads": keys, "value_heads": values}
+            row |= {"batch": batch, "context": context, "compiled": compiled}
+            if measured := found.attempt(row, measure, model, attention, batch, context, compiled):
+                found.add(row | measured)
 
 
 def configuration(shape: dict[str, Any], keys: int, values: int) -> PreTrainedConfig:
@@ -166,12 +169,12 @@ def random_map(heads: int, query_heads: int, generator: torch.Generator) -> list
     return torch.cat([torch.arange(heads), rest])[torch.randperm(query_heads, generator=generator)].tolist()
 
 
-def measure(model: Any, attention: str, batch: int, context: int) -> dict[str, Any]:
+def measure(model: Any, attention: str, batch: int, context: int, compiled: bool) -> dict[str, Any]:
     """Time and bytes of a step whose logits are right. Raises ArithmeticError if they are not."""
     device, captured = model.device, model.device.type == "cuda"
     model.set_attn_implementation(attention)
     with noting_logits(model) as logits:
-        decoding = Decoding(model, batch, cache_room(context, fixed=True), fixed=True, captured=captured)
+        decoding = Decoding(model, batch, cache_room(context, fixed=True), steps=Steps(captured, compiled, fixed=True))
         if not captured:
             decoding.compute()  # makes the cache, as a recording does
         decoding.cache.fill(context, torch.Generator(device).manual_seed(SEED))

@@ -444,6 +444,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Choose among so many likeliest tokens.")] = None,
     top_p: Annotated[float, typer.Option(help="Choose among the fewest tokens of so much probability.")] = 1.0,
     attention: Attention = None,
+    compiled: Compiled = False,
     seed: Seed = 0,
     device: Device = None,
     precision: PrecisionOption = None,
@@ -464,7 +465,9 @@ def generate(
     if tokenizer is None:
         raise CheckpointError(f"{model}: wanted a tokenizer, the folder has none; copy the original's into it")
     loaded = load_to_serve(source, *resolve_to_serve(Placement(device, precision)), attention)
-    text = generate_text(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
+    text = generate_text(
+        loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, compiled=compiled
+    )
     _print({"prompt": prompt, "text": text}, prompt + text, as_json=as_json)
 
 
@@ -480,6 +483,7 @@ def bench(
         bool, typer.Option(help="Really read the contexts; else random keys and values, and no time to first token.")
     ] = True,
     attention: Attention = None,
+    compiled: Compiled = False,
     save: Annotated[Path | None, typer.Option(help="Also write the JSON object to this file.")] = None,
     seed: Seed = 0,
     device: Device = None,
@@ -506,6 +510,7 @@ def bench(
             seed=seed,
         ),
         attention=attention,
+        compiled=compiled,
         placement=Placement(device, precision),
         command=["headfuse", *sys.argv[1:]],
         stages=for_terminal(),

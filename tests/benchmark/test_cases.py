@@ -36,6 +36,16 @@ def test_a_case_counts_tokens_bytes_and_shares(make, prefill):
     assert case.largest_batch is None
 
 
+def test_compiled_steps_are_measured_with_their_attention(monkeypatch):
+    monkeypatch.setattr("headfuse.models.compiled.BACKEND", "aot_eager")
+    model = pico_dha("llama")
+    case = Bench("pico", model, 1e9, compiled=True).measure(2, 32, LOAD)
+    assert case.compiled
+    assert case.cache_bytes == 2 * 256 * computed_cache_bytes(model.config, torch.float32)  # a fixed step's room
+    assert case.step_seconds > 0
+    assert case.attention_microseconds > 0
+
+
 def test_a_case_that_does_not_fit_says_so(monkeypatch):
     monkeypatch.setattr(cases, "memory_beside", lambda device: 1000)
     case = Bench("pico", pico("llama"), 1e9).measure(2, 32, LOAD)

@@ -44,6 +44,15 @@ def test_one_model_is_measured_with_random_keys_and_values(run, model):
     assert all(case["step_seconds"] > 0 for case in found["cases"])
 
 
+def test_blocks_are_compiled_on_demand(run, converted, monkeypatch):
+    monkeypatch.setattr("headfuse.models.compiled.BACKEND", "aot_eager")
+    found = json.loads(run("bench", converted, *SMALL, "--compile", "--json").out)
+    assert [case["compiled"] for case in found["cases"]] == [True, True]
+    options = ("--prompt", "the cat", "--max-new-tokens", "8", "--precision", "fp32", "--device", "cpu", "--json")
+    texts = [json.loads(run("generate", converted, *options, *more).out)["text"] for more in ((), ("--compile",))]
+    assert texts[0] == texts[1]
+
+
 def test_the_same_model_twice_keeps_its_names_apart(run, model):
     found = json.loads(run("bench", model, "--against", model, *SMALL, "--json").out)
     assert [each["name"] for each in found["models"]] == ["model", "model (against)"]

@@ -190,7 +190,7 @@ def test_captured_steps_write_what_the_same_steps_write_as_they_are(family, make
 def test_a_graph_is_used_again_for_prompts_of_the_same_room():
     model = pico_dha("llama").to("cuda")
     decoder = Decoder(model)
-    assert decoder.captured
+    assert decoder.steps.captured
     decoder.write(tokens(2, 9), max_new_tokens=NEW)
     graph = decoder.held.graph
     found = decoder.write(tokens(2, 30, seed=1), max_new_tokens=NEW)

@@ -15,7 +15,7 @@ from headfuse.benchmark.timing import median_seconds, seconds_of_each
 from headfuse.errors import ConfigError
 from headfuse.evaluation.cache_bytes import measured_cache_bytes
 from headfuse.evaluation.inference import device_of
-from headfuse.generation.decoding import Decoding, cache_room, can_capture, prefill_rows
+from headfuse.generation.decoding import Decoding, Steps, cache_room, can_capture, prefill_rows
 from headfuse.manifest import hardware, peak_memory
 
 # Steps before those that count: clocks rise, caches fill.
@@ -62,6 +62,7 @@ class Case:
     context: int
     cache_bytes: int
     captured: bool
+    compiled: bool = False
     fits: bool = True
     first_token_seconds: float | None = None
     step_seconds: float | None = None
@@ -74,12 +75,15 @@ class Case:
 
 
 class Bench:
-    """A loaded model, the memory beside it, and the device's copy rate in bytes a second."""
+    """A loaded model, the memory beside it, and the device's copy rate in bytes a second.
 
-    def __init__(self, name: str, model: PreTrainedModel, copy_rate: float) -> None:
+    `compiled` measures steps whose blocks are compiled; the attention by itself is not.
+    """
+
+    def __init__(self, name: str, model: PreTrainedModel, copy_rate: float, *, compiled: bool = False) -> None:
         self.name, self.model, self.device, self.copy_rate = name, model, device_of(model), copy_rate
         self.on_gpu = self.device.type == "cuda"
-        self.captured = can_capture(model)
+        self.steps = Steps(captured=can_capture(model), compiled=compiled)
         self.bytes_per_token = measured_cache_bytes(model)
         self.base = torch.cuda.memory_allocated(self.device) if self.on_gpu else 0
         self.memory = memory_beside(self.device)
@@ -87,8 +91,9 @@ class Bench:
     @torch.no_grad()
     def measure(self, batch: int, context: int, load: Load) -> Case:
         """A case; one that does not fit into memory says so instead of failing."""
-        room = cache_room(context, fixed=self.captured)
-        case = Case(self.name, batch, context, batch * room * self.bytes_per_token, self.captured)
+        room = cache_room(context, fixed=self.steps.fixed)
+        kinds = {"captured": self.steps.captured, "compiled": self.steps.compiled}
+        case = Case(self.name, batch, context, batch * room * self.bytes_per_token, **kinds)
         if self.memory is not None and case.cache_bytes > self.memory:
             return replace(case, fits=False)
         try:
@@ -100,7 +105,7 @@ class Bench:
                 torch.cuda.empty_cache()
 
     def _measured(self, case: Case, room: int, load: Load) -> Case:
-        decoding, made = self._peak(lambda: Decoding(self.model, case.batch, room, captured=self.captured))
+        decoding, made = self._peak(lambda: Decoding(self.model, case.batch, room, steps=self.steps))
         first, reading = self._peak(lambda: self._read(decoding, case.context, load))
         steps, decoded = self._peak(lambda: self._decode(decoding, case.context, load.new_tokens))
         case = replace(
@@ -141,7 +146,7 @@ class Bench:
             decoding.compute()
         if not calls:
             return case
-        spent = seconds_per_step(calls, self.device, captured=self.captured)
+        spent = seconds_per_step(calls, self.device, captured=self.steps.captured)
         rate = case.batch * case.context * self.bytes_per_token / spent
         return replace(
             case,

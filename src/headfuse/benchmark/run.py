@@ -53,6 +53,7 @@ def benchmark(
     against: str | Path | None = None,
     load: Load | None = None,
     attention: str | None = None,
+    compiled: bool = False,
     placement: Placement | None = None,
     command: Sequence[str] = ("headfuse", "bench"),
     stages: Stages = silent,
@@ -60,7 +61,7 @@ def benchmark(
     """Measure a model, and another to compare with, at every context and batch size.
 
     Weights are bf16 or fp32, by the placement's precision (None: fp32 on a CPU). `attention` is what `load_to_serve`
-    takes, for both models.
+    takes, and `compiled` compiles the blocks for the steps, for both models.
     Raises ConfigError if a context exceeds a model's positions or is too short for the steps.
     """
     device, precision = resolve_to_serve(placement or Placement())
@@ -73,7 +74,7 @@ def benchmark(
     found: list[dict[str, Any]] = []
     cases: list[Case] = []
     for name, source in zip(_names(sources), sources, strict=True):
-        bench = Bench(name, load_to_serve(source, device, precision, attention), rate)
+        bench = Bench(name, load_to_serve(source, device, precision, attention), rate, compiled=compiled)
         found.append({"name": name, **_facts(bench)})
         with stages(f"bench {name}", len(load.contexts) * len(load.batches), "cases") as advance:
             for context, batch in product(load.contexts, load.batches):

@@ -16,8 +16,10 @@ def generate_text(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     seed: int = 0,
+    compiled: bool = False,
 ) -> str:
     """What `model` writes after `prompt`, without the prompt; by default it always takes the likeliest token.
+    `compiled` compiles the model's blocks for the steps: it takes a while, and is undone.
 
     The global random state is left as it was. Raises ConfigError for no new tokens, a prompt without tokens, or more of
     both than the model has positions.
@@ -33,6 +35,6 @@ def generate_text(
         )
     ends = ends_of(model)
     with measuring(model):
-        decoder = Decoder(model, sampling=sampling, eos=ends, pad=ends[0] if ends else 0)
+        decoder = Decoder(model, sampling=sampling, eos=ends, pad=ends[0] if ends else 0, compiled=compiled)
         written = decoder.write(ids, max_new_tokens=max_new_tokens, seed=seed)
     return str(tokenizer.decode(written[0], skip_special_tokens=True))

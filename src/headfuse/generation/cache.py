@@ -121,6 +121,10 @@ class PreallocatedCache(Cache):
         """An empty cache of sliced steps that fills these rows of this one: for a prefill in blocks."""
         return Cache(layers=self._layers(rows, fixed=False))
 
+    def of_layer(self, index: int) -> Cache:
+        """The cache of one layer alone, as its only one."""
+        return Cache(layers=[self.layers[index]])
+
     def hold(self, length: int) -> None:
         """Take the first `length` tokens for filled; the next one goes behind them."""
         for layer in self.layers:

@@ -4,7 +4,10 @@ Token, positions, mask and the count of written tokens live on the device. The h
 steps, to see whether every row has ended. B rows, T tokens of the prompts, N new ones.
 """
 
+import gc
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headfuse.errors import ConfigError
+from headfuse.generation.blocks import CompiledBlocks
 from headfuse.generation.cache import PreallocatedCache
 from headfuse.generation.graph import record
 from headfuse.generation.sampling import GREEDY, Sampling, choose, uniforms
@@ -45,11 +49,29 @@ def can_capture(model: PreTrainedModel) -> bool:
     )
 
 
-class Decoding:
-    """A batch of one size being written: its cache, what it has written, and the step that writes one token more.
+@dataclass(frozen=True)
+class Steps:
+    """How steps are taken: `captured` replays a CUDA graph, `compiled` compiles the model's blocks.
 
-    `fixed` steps have the same shapes every time; `captured` ones are fixed and replayed from a CUDA graph.
+    Both need `fixed` steps, which have the same shapes every time. Compiled blocks fuse the small work between products
+    of matrices, and round less of it.
     """
+
+    captured: bool = False
+    compiled: bool = False
+    fixed: bool = False
+
+    def __post_init__(self) -> None:
+        """What needs fixed steps has them."""
+        object.__setattr__(self, "fixed", self.fixed or self.captured or self.compiled)
+
+
+# Their shapes follow what the cache holds.
+SLICED = Steps()
+
+
+class Decoding:
+    """A batch of one size being written: its cache, what it has written, and the step that writes one token more."""
 
     def __init__(
         self,
@@ -60,15 +82,13 @@ class Decoding:
         sampling: Sampling = GREEDY,
         eos: Sequence[int] = (),
         pad: int = 0,
-        fixed: bool = False,
-        captured: bool = False,
+        steps: Steps = SLICED,
     ) -> None:
         self.model: Any = model
-        self.rows, self.room, self.sampling, self.pad = rows, room, sampling, pad
-        self.fixed, self.captured = fixed or captured, captured
+        self.rows, self.room, self.sampling, self.pad, self.steps = rows, room, sampling, pad, steps
         self.device = next(model.parameters()).device
         here: dict[str, Any] = {"device": self.device}
-        self.cache = PreallocatedCache.for_model(model, rows, room, fixed=self.fixed)
+        self.cache = PreallocatedCache.for_model(model, rows, room, fixed=steps.fixed)
         self.length, self.padded = 0, False
         self.eos = torch.tensor(sorted(set(eos)), dtype=torch.int64, **here)
         self.token: Int64[Tensor, "B 1"] = torch.zeros(rows, 1, dtype=torch.int64, **here)
@@ -80,7 +100,13 @@ class Decoding:
         self.uniforms: Float[Tensor, "B S"] | None = None
         if not sampling.greedy:
             self.uniforms = torch.zeros(rows, room, dtype=torch.float64, **here)
-        self.graph = record(self.compute, self.device) if captured else None
+        self.blocks: CompiledBlocks | None = None
+        if steps.compiled:
+            self.compute()  # makes what compiled code takes as inputs: the cache, and maps of heads
+            self.blocks = CompiledBlocks(model, self.cache)
+            self._advance()
+            gc.collect()  # cycles that tracing left would hold the cache when nothing else does
+        self.graph = record(self._advance, self.device) if steps.captured else None
 
     @torch.no_grad()
     def prefill(self, ids: Int64[Tensor, "B T"], mask: Bool[Tensor, "B T"], seed: int = 0) -> None:
@@ -120,13 +146,13 @@ class Decoding:
         if self.graph is not None:
             self.graph.replay()
         else:
-            self.compute()
+            self._advance()
         self.length += 1
 
     @torch.no_grad()
     def compute(self) -> None:
-        """A step as it is, without a graph."""
-        if self.fixed:
+        """A step as it is: without a graph, and with nothing compiled."""
+        if self.steps.fixed:
             self.cache.begin()
             mask = self.mask
         else:
@@ -140,8 +166,12 @@ class Decoding:
         )
         self._take(out.logits[:, -1])
         self.positions.add_(1)
-        if self.fixed:
+        if self.steps.fixed:
             self.cache.end()
+
+    def _advance(self) -> None:
+        with nullcontext() if self.blocks is None else self.blocks.at_work():
+            self.compute()
 
     def result(self, count: int) -> Int64[Tensor, "B N"]:
         """The first `count` tokens that were written, up to the end of the longest row; padded behind an end."""
@@ -166,7 +196,8 @@ class Decoder:
 
     The model must be in evaluation mode; its weights may change in place. `captured` None records steps where the model
     and its device allow it. `fixed` takes fixed steps without a graph, which is how to see a captured step's arithmetic
-    on any device. `room` fixes the cache's tokens a row, so that prompts of any length share one graph.
+    on any device; `compiled` takes fixed steps whose blocks are compiled, recorded or not. `room` fixes the cache's
+    tokens a row, so that prompts of any length share one graph.
     """
 
     def __init__(
@@ -178,12 +209,12 @@ class Decoder:
         pad: int = 0,
         captured: bool | None = None,
         fixed: bool = False,
+        compiled: bool = False,
         room: int | None = None,
     ) -> None:
         self.model, self.room = model, room
-        self.captured = can_capture(model) if captured is None else captured
-        self.fixed = fixed or self.captured
-        self.options: dict[str, Any] = {"sampling": sampling, "eos": eos, "pad": pad, "fixed": self.fixed}
+        self.steps = Steps(can_capture(model) if captured is None else captured, compiled, fixed)
+        self.options: dict[str, Any] = {"sampling": sampling, "eos": eos, "pad": pad, "steps": self.steps}
         self.held: Decoding | None = None
 
     def write(
@@ -225,14 +256,14 @@ class Decoder:
         if held is None or (held.rows, held.room) != (rows, room):
             self.held = None  # before the next one takes its memory
             del held
-            self.held = held = Decoding(self.model, rows, room, captured=self.captured, **self.options)
+            self.held = held = Decoding(self.model, rows, room, **self.options)
         held.cache.clear()
         held.written.fill_(held.pad)
         return held
 
     def _room(self, tokens: int) -> int:
         if self.room is None:
-            return cache_room(tokens, fixed=self.fixed)
+            return cache_room(tokens, fixed=self.steps.fixed)
         if tokens > self.room:
             raise ConfigError(f"wanted room for {tokens} tokens a row, got {self.room}; raise it or write less")
         return self.room

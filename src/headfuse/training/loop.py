@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from headfuse.errors import ConfigError, TrainingError
+from headfuse.models.compiled import calling, compiled_calls
 from headfuse.precision import precision_context
 from headfuse.progress import Stages, silent
 from headfuse.training.batches import Batches
@@ -32,8 +33,6 @@ from headfuse.training.trackers import Trackers
 
 # Steps between looks at the losses: each look waits for the device.
 LOOK_EVERY = 10
-# Every shape of a batch, and whatever differs between blocks, is a variant of the same code.
-COMPILED_LIMITS = {"recompile_limit": 64, "accumulated_recompile_limit": 1024}
 NOWHERE = Trackers()
 # A forward pass and its backward pass, in forward passes.
 TRAINING_PASSES = 3
@@ -209,11 +208,7 @@ def _prepared(trained: Trained, options: TrainingOptions, here: Processes) -> It
                 again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
                 block.forward = partial(again, block.forward)
                 undo.callback(vars(block).pop, "forward")
-        if compiled:
-            undo.enter_context(torch._dynamo.config.patch(COMPILED_LIMITS))
-        for block in compiled:
-            block.compile(dynamic=False)
-            undo.callback(setattr, block, "_compiled_call_impl", None)
+        undo.enter_context(calling(compiled, compiled_calls(compiled)))
         shard(module, trained.blocks, here)
         yield module
 

@@ -1,0 +1,31 @@
+"""Decoder blocks compiled by torch.compile, one by one: the blocks of one shape share one graph.
+
+Only the calls are compiled; they are kept beside the model and take the blocks' place for a while.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+# Every shape of a batch, and whatever differs between blocks, is a variant of the same code.
+LIMITS = {"recompile_limit": 1024, "accumulated_recompile_limit": 1024}
+BACKEND = "inductor"
+
+
+def compiled_calls(blocks: Sequence[nn.Module], *, whole: bool = False) -> list[Callable[..., Any]]:
+    """Each block's call for static shapes, compiled when it is first made; `whole` refuses what splits its graph."""
+    return [torch.compile(block._call_impl, backend=BACKEND, dynamic=False, fullgraph=whole) for block in blocks]
+
+
+@contextmanager
+def calling(blocks: Sequence[nn.Module], calls: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Within the context, to call a block is to call what stands for it in `calls`."""
+    with ExitStack() as undo:
+        undo.enter_context(torch._dynamo.config.patch(LIMITS))
+        for block, call in zip(blocks, calls, strict=True):
+            undo.callback(setattr, block, "_compiled_call_impl", block._compiled_call_impl)
+            block._compiled_call_impl = call
+        yield
