@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM
 
 import headfuse.models.compiled as compiled_module
+from headfuse.errors import ConfigError
 from headfuse.generation.blocks import CompiledBlocks
 from headfuse.generation.cache import PreallocatedCache
 from headfuse.generation.decoding import Decoder
@@ -128,6 +129,12 @@ def test_a_cache_that_compiled_steps_wrote_goes_with_its_batch(graphs):
     assert all(reference() is not None for reference in held)
     decoder.held = None
     assert all(reference() is None for reference in held)
+
+
+def test_without_a_compiler_it_says_so(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(ConfigError, match="wanted a C\\+\\+ compiler to compile for a CPU, got none"):
+        Decoder(gqa_llama(), compiled=True).write(*ragged(), max_new_tokens=NEW)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU takes a C++ compiler")

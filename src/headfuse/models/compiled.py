@@ -3,6 +3,8 @@
 Only the calls are compiled; they are kept beside the model and take the blocks' place for a while.
 """
 
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,13 +12,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from headfuse.errors import ConfigError
+
 # Every shape of a batch, and whatever differs between blocks, is a variant of the same code.
 LIMITS = {"recompile_limit": 1024, "accumulated_recompile_limit": 1024}
 BACKEND = "inductor"
 
 
 def compiled_calls(blocks: Sequence[nn.Module], *, whole: bool = False) -> list[Callable[..., Any]]:
-    """Each block's call for static shapes, compiled when it is first made; `whole` refuses what splits its graph."""
+    """Each block's call for static shapes, compiled when it is first made; `whole` refuses what splits its graph.
+
+    Raises ConfigError on a CPU without a C++ compiler.
+    """
+    on_cpu = any(parameter.device.type == "cpu" for block in blocks for parameter in block.parameters())
+    if on_cpu and BACKEND == "inductor" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise ConfigError(
+            "compile: wanted a C++ compiler to compile for a CPU, got none; install g++ or do not compile"
+        )
     return [torch.compile(block._call_impl, backend=BACKEND, dynamic=False, fullgraph=whole) for block in blocks]
 
 
