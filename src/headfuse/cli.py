@@ -3,6 +3,7 @@
 import difflib
 import json
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -131,7 +132,8 @@ Recipe = Annotated[
 
 
 def main() -> None:
-    """Run the command line; errors a user can cause are one line and exit status 2."""
+    """Run the command line; errors a user can cause are one line and exit status 2, warnings are one line."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     try:
         app(standalone_mode=True)
     except HeadfuseError as error:

@@ -38,6 +38,7 @@ def write_converted(
         tensors = decoupled_model_state(state, adapter, converted.heads)
         config = decoupled_config(stock, adapter, converted.heads).to_dict()
         config |= export_code(adapter.family, folder.root)
+    config.pop("_name_or_path", None)  # a path of the machine that converts
     card = ModelCard.for_source(source, method=method, target=target, kv_bytes=kv_bytes)
     write_checkpoint(folder.root, tensors, config, source=source.folder, dtype=dtype, card=card)
 

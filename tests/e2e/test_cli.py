@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from contextlib import contextmanager
 
@@ -71,7 +73,8 @@ def test_gqa_is_a_stock_checkpoint_of_the_promised_size(convert, tmp_path):
     done, out = json.loads(outcome.out), tmp_path / "out"
     assert_complete(out, done, "gqa")
     assert not list(out.glob("*.py"))
-    assert "auto_map" not in json.loads((out / "config.json").read_text())
+    written = json.loads((out / "config.json").read_text())
+    assert not {"auto_map", "_name_or_path"} & set(written)
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert type(loaded) is LlamaForCausalLM
     assert loaded.config.num_key_value_heads == 2
@@ -357,6 +360,12 @@ def test_a_full_disk_is_noticed_first(convert, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: DiskUsage(10**9, 10**9 - 1000, 1000))
     assert_refused(convert(), "disk")
     assert_nothing_written(tmp_path)
+
+
+def test_a_warning_is_one_line():
+    code = "import warnings, headfuse.cli as cli; cli.app = lambda **_: warnings.warn('one\\n two'); cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "warning: one two\n"
 
 
 @pytest.mark.parametrize("pickled", [False, True])
