@@ -20,6 +20,7 @@ from attention.inputs import ROTATED_BYTES, Inputs, Learned
 from attention.lines import say
 from attention.times import eager_microseconds, memory_rates, microseconds
 from headfuse.ops.decoupled_attention.decode import DecodeConfig, default_config
+from headfuse.ops.decoupled_attention.rows import Rows
 
 
 def work(options: argparse.Namespace) -> None:
@@ -102,7 +103,9 @@ def tabulate(name: str, case: Case, done: set[str], best: dict[str, DecodeConfig
     """Time the default (or the tuned) configuration and torch's attention."""
     inputs = Inputs(case)
     expected = inputs.reference()
-    config = best.get(key_of(case), default_config(inputs.query[0], inputs.key[0], inputs.value[0], inputs.table))
+    config = best.get(
+        key_of(case), default_config(inputs.query[0], inputs.key[0], inputs.value[0], Rows(block_table=inputs.table))
+    )
 
     def timed() -> dict[str, float]:
         return verify(inputs, config, expected) | {"microseconds": microseconds(inputs.launches(config))}

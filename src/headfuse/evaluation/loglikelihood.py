@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headfuse.errors import CheckpointError, TextError
-from headfuse.evaluation.inference import forward_logits, measuring, rows_per_batch
+from headfuse.evaluation.inference import forward_logits, measuring, positions_of, rows_per_batch
 from headfuse.evaluation.task_files import Request
 from headfuse.precision import Precision
 from headfuse.progress import Stages, silent
@@ -102,7 +102,7 @@ def _score_batch(model: PreTrainedModel, batch: list[EncodedRequest]) -> list[Sc
 
 def _fit(encoded: list[EncodedRequest], model: PreTrainedModel) -> list[EncodedRequest]:
     """Drop the start of what does not fit into the model's positions."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions_of(model)
     if not limit:
         return encoded
     excess = [max(len(one.ids) - 1 - limit, 0) for one in encoded]

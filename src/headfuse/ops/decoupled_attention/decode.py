@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 import triton
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from headfuse.errors import ConfigError
@@ -74,7 +74,7 @@ def decode_attention(
     Raises ConfigError for more than 128 query heads, a head width outside 16..256, or heads that are not contiguous.
     """
     _check(query, key, value, maps)
-    config = config or default_config(query, key, value, rows.block_table)
+    config = config or default_config(query, key, value, rows)
     step = _Step(query, key, value, maps, rows, scoring)
     if config.design == "hopper":
         _hopper(step, config)
@@ -87,13 +87,13 @@ def default_config(
     query: Float[Tensor, "B H d"],
     key: Float[Tensor, "P K N d"],
     value: Float[Tensor, "P V N d"],
-    block_table: Int[Tensor, "B pages"] | None = None,
+    rows: Rows = ALL_TOKENS,
 ) -> DecodeConfig:
     """For Hopper one kernel; elsewhere, in fp32, or where 16 bytes of a token cannot be copied at once, two passes."""
     width, single = triton.next_power_of_2(query.shape[-1]), query.dtype == torch.float32
     if on_hopper(query.device) and not single and aligned(key, value):
-        capacity = key.shape[2] if block_table is None else key.shape[2] * block_table.shape[1]
-        return hopper_config(query.shape[1], width, query.shape[0] * capacity / processors(query.device))
+        tokens = query.shape[0] * rows.capacity(key)
+        return hopper_config(query.shape[1], width, tokens / processors(query.device))
     return DecodeConfig(block=32 if single else 128 if width <= 128 else 64)
 
 
@@ -135,7 +135,7 @@ class _Step:
         self.rows, self.heads, self.dim = query.shape
         self.out = torch.empty_like(query, memory_format=torch.contiguous_format)
         self.lse = torch.empty(self.rows, self.heads, dtype=torch.float32, device=query.device)
-        self.capacity = key.shape[2] * (1 if self.block_table is None else self.block_table.shape[1])
+        self.capacity = rows.capacity(key)
         self.lengths = rows.lengths
         if self.lengths is None:
             self.lengths = torch.full((self.rows,), self.capacity, dtype=torch.int32, device=query.device)

@@ -27,13 +27,12 @@ copy_to_shared = async_copy.async_load if hasattr(async_copy, "async_load") else
 
 
 @gluon.jit
-def ask_for_tile(
+def ask_for_next_tile(
     tiles,
     slot,
     head,
     at,
-    wanted,
-    num_keys,
+    left,
     keys,
     values,
     pages,
@@ -45,11 +44,14 @@ def ask_for_tile(
 ):
     """Begin to copy the tokens `at..at+BLOCK` of a head, keys counted before values, to `slot`; zeros if not visible.
 
-    `keys` and `values` are a pointer and the strides of pages, heads and tokens, `pages` the block table and the stride
-    of its rows, `visible` the row and its first and one past its last token.
+    Returns the head, the block of tokens and the number of tiles that are left after it; of none left none is copied.
+    `keys` and `values` are a pointer, the strides of pages, heads and tokens, and the number of heads, `pages` the
+    block table and the stride of its rows, `visible` the row and its first and one past its last token.
     """
     padded_dim: gl.constexpr = tiles.shape[2]
     row, start, last = visible
+    wanted = left > 0
+    num_keys = keys[4]
     is_key = head < num_keys
     page_stride = gl.where(is_key, keys[1], values[1])
     token_stride = gl.where(is_key, keys[3], values[3])
@@ -74,6 +76,8 @@ def ask_for_tile(
         kept = kept & (dims < DIM)[None, :]
     copy_to_shared(tiles.index(slot), base + (places[:, None] + dims[None, :]), mask=kept)
     async_copy.commit_group()
+    wraps = head + 1 == num_keys + values[4]
+    return gl.where(wraps, 0, head + 1), gl.where(wraps, at + BLOCK, at), left - 1
 
 
 @gluon.jit
@@ -81,13 +85,6 @@ def wait_for_tile(STAGES: gl.constexpr):
     """The oldest tile under way has arrived, for the matrix unit too: Triton adds that fence itself from 3.7 on."""
     async_copy.wait_group(STAGES - 2)
     fence_async_shared()
-
-
-@gluon.jit
-def next_tile(head, at, width, BLOCK: gl.constexpr):
-    """The head and the block of tokens after these."""
-    wraps = head + 1 == width
-    return gl.where(wraps, 0, head + 1), gl.where(wraps, at + BLOCK, at)
 
 
 @gluon.jit(do_not_specialize=["window", "num_heads", "num_keys", "num_values", "splits", "table_row_stride"])
@@ -150,22 +147,19 @@ def hopper_kernel(
     whole_pages: gl.constexpr = (PAGE > 0) and (PAGE % BLOCK == 0)
     granule: gl.constexpr = BLOCK if whole_pages else 16
     start, first, last = stretch(lengths, starts, window, row, split, splits, granule, whole_pages)
-    keys = (key, key_page_stride, key_head_stride, key_token_stride)
-    values = (value, value_page_stride, value_head_stride, value_token_stride)
+    keys = (key, key_page_stride, key_head_stride, key_token_stride, num_keys)
+    values = (value, value_page_stride, value_head_stride, value_token_stride, num_values)
     pages, visible = (block_table, table_row_stride), (row, start, last)
-    width = num_keys + num_values
     blocks = gl.cdiv(gl.maximum(last - first, 0), BLOCK)
 
     tiles = gl.allocate_shared_memory(
         dtype, [STAGES, BLOCK, PADDED_DIM], gl.NVMMASharedLayout.get_default_for([BLOCK, PADDED_DIM], dtype)
     )
-    left, asked, asked_at = blocks * width, num_keys * 0, first
+    left, asked, asked_at = blocks * (num_keys + num_values), num_keys * 0, first
     for slot in gl.static_range(STAGES - 1):
-        ask_for_tile(
-            tiles, slot, asked, asked_at, left > 0, num_keys, keys, values, pages, visible, DIM, BLOCK, PAGE, copied
+        asked, asked_at, left = ask_for_next_tile(
+            tiles, slot, asked, asked_at, left, keys, values, pages, visible, DIM, BLOCK, PAGE, copied
         )
-        asked, asked_at = next_tile(asked, asked_at, width, BLOCK)
-        left -= 1
 
     heads, dims = gl.arange(0, QUERIES, gl.SliceLayout(1, copied)), gl.arange(0, PADDED_DIM, gl.SliceLayout(0, copied))
     queries = gl.allocate_shared_memory(
@@ -196,11 +190,9 @@ def hopper_kernel(
         products = nothing
         for head in range(num_keys):
             wait_for_tile(STAGES)
-            ask_for_tile(
-                tiles, free, asked, asked_at, left > 0, num_keys, keys, values, pages, visible, DIM, BLOCK, PAGE, copied
+            asked, asked_at, left = ask_for_next_tile(
+                tiles, free, asked, asked_at, left, keys, values, pages, visible, DIM, BLOCK, PAGE, copied
             )
-            asked, asked_at = next_tile(asked, asked_at, width, BLOCK)
-            left -= 1
             product = warpgroup_mma(queries, tiles.index(full).permute((1, 0)), nothing, use_acc=False)
             products = gl.where((key_slot == head)[:, None], product, products)
             free = full
@@ -218,11 +210,9 @@ def hopper_kernel(
 
         for head in range(num_values):
             wait_for_tile(STAGES)
-            ask_for_tile(
-                tiles, free, asked, asked_at, left > 0, num_keys, keys, values, pages, visible, DIM, BLOCK, PAGE, copied
+            asked, asked_at, left = ask_for_next_tile(
+                tiles, free, asked, asked_at, left, keys, values, pages, visible, DIM, BLOCK, PAGE, copied
             )
-            asked, asked_at = next_tile(asked, asked_at, width, BLOCK)
-            left -= 1
             mine = gl.where((value_slot == head)[:, None], weights, gl.zeros_like(weights))
             outputs = warpgroup_mma(mine, tiles.index(full), outputs)
             free = full

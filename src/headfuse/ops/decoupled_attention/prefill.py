@@ -51,7 +51,7 @@ def prefill_attention(
     out = torch.empty(batch, count, heads, dim, dtype=query.dtype, device=query.device).transpose(1, 2)
     lse = torch.empty(batch, heads, count, dtype=torch.float32, device=query.device)
     paged = rows.block_table is not None
-    capacity = key.shape[2] * (rows.block_table.shape[1] if rows.block_table is not None else 1)
+    capacity = rows.capacity(key)
     size = _sizes("out", query)
     prefill_kernel[triton.cdiv(count, size["QUERIES"]), heads, batch](
         query,

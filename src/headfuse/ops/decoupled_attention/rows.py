@@ -19,6 +19,10 @@ class Rows:
     starts: Int[Tensor, "B"] | None = None
     block_table: Int[Tensor, "B pages"] | None = None
 
+    def capacity(self, cache: Float[Tensor, "P n N d"]) -> int:
+        """The tokens that the cache has room for in each row."""
+        return cache.shape[2] * (1 if self.block_table is None else self.block_table.shape[1])
+
     def in_order(self, cache: Float[Tensor, "P n N d"]) -> Float[Tensor, "B n S d"]:
         """The cache row by row: itself if it is dense, else a copy of its pages."""
         if self.block_table is None:
