@@ -2,7 +2,7 @@
 
 Compiled code is made anew for every number that it has read from a block, and a block reads its index, to find its
 layer of the cache. Here it gets a cache of that layer alone, and index 0: equal blocks then share one graph, into which
-weights, keys and values go as inputs.
+weights, keys and values go as inputs. Projections of one input are joined.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +16,7 @@ from headfuse.checkpoints.assembly import decoder_layers
 from headfuse.checkpoints.registry import adapter_of_converted
 from headfuse.generation.cache import PreallocatedCache
 from headfuse.models.compiled import calling, compiled_calls
+from headfuse.models.joined_projections import JoinedProjections
 
 
 class CompiledBlocks:
@@ -33,6 +34,7 @@ class CompiledBlocks:
                 for slots in (maps.key_slots, maps.value_slots):
                     # As wide as the largest group, which differs between layers of equal numbers of heads.
                     torch._dynamo.maybe_mark_dynamic(slots, 1)
+        self.projections = JoinedProjections(modules)
         whole = compiled_calls(self.blocks, whole=True)
         self.calls = [_with_own(call, cache, cache.of_layer(index)) for index, call in enumerate(whole)]
 
@@ -41,6 +43,7 @@ class CompiledBlocks:
         """Within the context the model's blocks are these; afterwards they are as they were."""
         with ExitStack() as undo:
             undo.enter_context(calling(self.blocks, self.calls))
+            undo.enter_context(self.projections.at_work())
             for module in self.indexed:
                 undo.callback(setattr, module, "layer_idx", module.layer_idx)
                 module.layer_idx = 0
