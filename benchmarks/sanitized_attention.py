@@ -1,0 +1,40 @@
+"""Every attention kernel on small inputs, to be run under a sanitizer.
+
+    compute-sanitizer --tool memcheck  python benchmarks/sanitized_attention.py
+    compute-sanitizer --tool racecheck python benchmarks/sanitized_attention.py
+
+Run it once by itself before: then the kernels are compiled, and known to be right.
+"""
+
+import sys
+from dataclasses import replace
+
+import torch
+
+from attention.cases import Case
+from attention.checks import verify, verify_learned
+from attention.inputs import Inputs, Learned
+from headfuse.ops.decoupled_attention.decode import DecodeConfig, on_hopper
+
+SMALL = Case(2, 320, 3, 5, query_heads=8, ragged=True)
+DECODED = (SMALL, replace(SMALL, layout="tokens", page=16), replace(SMALL, head_dim=64, page=64, softcap=20.0))
+HOPPER = (DecodeConfig("hopper", 64, 4, 4, 2), DecodeConfig("hopper", 128, 4, 3, 1))
+LEARNED = replace(SMALL, context=150, ragged=False)
+
+
+def main() -> None:
+    """Run each kernel and say that its results are right."""
+    if not torch.cuda.is_available():
+        sys.exit("sanitized_attention: wanted a CUDA device, got none; run it on a machine that has one")
+    configs = (DecodeConfig(block=64), *(HOPPER if on_hopper(torch.device("cuda")) else ()))
+    for case in DECODED:
+        inputs = Inputs(case, sets=1)
+        expected = inputs.reference()
+        for config in configs:
+            print(config, case, verify(inputs, config, expected))
+    for case in (LEARNED, replace(LEARNED, ragged=True, window=40)):
+        print(case, verify_learned(Learned(case)))
+
+
+if __name__ == "__main__":
+    main()
