@@ -32,9 +32,10 @@ def combine_kernel(
 ):
     """One program a query head, row and stretch of channels. Not `WEIGHTED`: the partial outputs simply add up.
 
-    `DEPENDENT`: launched before the splits are done, so it waits for them.
+    `DEPENDENT`: launched before the splits are done, so it waits for them, and lets what follows begin as early.
     """
     if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     dims, some = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, SPLITS)

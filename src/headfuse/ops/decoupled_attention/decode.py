@@ -198,6 +198,7 @@ def _hopper(step: _Step, config: DecodeConfig) -> None:
         SOFTCAP=step.softcap > 0,
         DEPENDENT=splits > 1,
         num_warps=config.warps,
+        launch_pdl=True,
         **step.constants,
     )
     if splits > 1:

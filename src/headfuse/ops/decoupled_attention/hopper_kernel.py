@@ -134,6 +134,8 @@ def hopper_kernel(
     """
     split, row = gl.program_id(0), gl.program_id(1)
     dtype: gl.constexpr = query.dtype.element_ty
+    # Launched while what came before still runs: nothing is read or written until that has ended.
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1)
     if DEPENDENT:
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headfuse.errors import ConfigError
 from headfuse.ops.decoupled_attention.backward_kernel import query_gradient_kernel, shared_gradient_kernel
-from headfuse.ops.decoupled_attention.decode import HEAD_DIMS, LOG2E
+from headfuse.ops.decoupled_attention.decode import HEAD_DIMS, LOG2E, aligned, on_hopper
 from headfuse.ops.decoupled_attention.head_maps import HeadMaps, tile
 from headfuse.ops.decoupled_attention.prefill_kernel import prefill_kernel
 from headfuse.ops.decoupled_attention.rows import ALL_TOKENS, Rows
@@ -28,6 +28,8 @@ SIZES = {
     "shared": ((32, 128, 2, 8), (32, 64, 2, 8)),
 }
 FP32_SIZES = (16, 32, 2, 4)
+# What the kernel for Hopper is made for: widths, tokens of a tile, tiles under way. Fewer queries waste its groups.
+HOPPER_DIMS, HOPPER_BLOCK, HOPPER_STAGES, HOPPER_QUERIES = (64, 128), 128, 2, 64
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -50,6 +52,9 @@ def prefill_attention(
     batch, heads, count, dim = query.shape
     out = torch.empty(batch, count, heads, dim, dtype=query.dtype, device=query.device).transpose(1, 2)
     lse = torch.empty(batch, heads, count, dtype=torch.float32, device=query.device)
+    if suits_hopper(query, key, value, rows, scoring):
+        _hopper(query, key, value, maps, rows, scoring, out, lse)
+        return out, lse
     paged = rows.block_table is not None
     capacity = rows.capacity(key)
     size = _sizes("out", query)
@@ -78,6 +83,64 @@ def prefill_attention(
         **_constants(scoring, dim),
     )
     return out, lse
+
+
+def suits_hopper(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scoring: Scoring) -> bool:
+    """Whether the kernel for Hopper computes this: whole dense rows of half precision, though padded on the left."""
+    return (
+        on_hopper(query.device)
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] in HOPPER_DIMS
+        and query.shape[2] >= HOPPER_QUERIES
+        and rows.lengths is rows.block_table is scoring.window is None
+        and aligned(query, key, value)
+    )
+
+
+def _hopper(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    maps: HeadMaps,
+    rows: Rows,
+    scoring: Scoring,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    # Gluon is not in every Triton.
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from headfuse.ops.decoupled_attention.hopper_prefill_kernel import GROUPS, QUERIES, hopper_prefill_kernel
+
+    batch, heads, count, dim = query.shape
+    element = gl.bfloat16 if query.dtype == torch.bfloat16 else gl.float16
+
+    def tiles(tensor: Tensor, lines: int) -> Any:
+        shape = [1, 1, lines, dim]
+        return TensorDescriptor.from_tensor(tensor, shape, gl.NVMMASharedLayout.get_default_for(shape, element))
+
+    scale, softcap, _ = _numbers(scoring, dim)
+    hopper_prefill_kernel[triton.cdiv(count, GROUPS.value * QUERIES.value), heads, batch](
+        tiles(query, QUERIES.value),
+        tiles(key, HOPPER_BLOCK),
+        tiles(value, HOPPER_BLOCK),
+        out,
+        lse,
+        rows.starts,
+        maps.key,
+        maps.value,
+        scale,
+        softcap,
+        heads,
+        count,
+        key.shape[2],
+        *out.stride()[:3],
+        DIM=dim,
+        STAGES=HOPPER_STAGES,
+        SOFTCAP=scoring.softcap is not None,
+        num_warps=4,
+    )
 
 
 def backward_attention(
