@@ -14,7 +14,8 @@ import torch
 from attention.cases import Case
 from attention.checks import verify, verify_learned
 from attention.inputs import Inputs, Learned
-from headfuse.ops.decoupled_attention.decode import DecodeConfig, on_hopper
+from headfuse.ops.decoupled_attention.decode import DecodeConfig
+from headfuse.ops.hopper import on_hopper
 
 SMALL = Case(2, 320, 3, 5, query_heads=8, ragged=True)
 DECODED = (SMALL, replace(SMALL, layout="tokens", page=16), replace(SMALL, head_dim=64, page=64, softcap=20.0))

@@ -19,9 +19,9 @@ WIDE = {"head_dim": 16}  # the narrowest heads that the kernels take
 every_cache = pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 
 
-def pair(family, **overrides):
+def pair(family, device="cpu", **overrides):
     """The same decoupled model twice: with "sdpa" and with "headfuse"."""
-    usual, ours = pico_dha(family, **overrides), pico_dha(family, **overrides)
+    usual, ours = (pico_dha(family, **overrides).to(device) for _ in range(2))
     ours.set_attn_implementation("headfuse")
     return usual, ours
 
@@ -55,10 +55,10 @@ def test_generation_agrees_with_padding_caches_and_beams(family):
 
 @pytest.mark.skipif(not dispatch.HAS_TRITON, reason="no Triton")
 @every_cache
-def test_the_kernels_generate_the_same(static, monkeypatch):
-    usual, ours = pair("mistral", **WIDE)
+def test_the_kernels_generate_the_same(static, device, monkeypatch):
+    usual, ours = pair("mistral", device, **WIDE)
     monkeypatch.setattr(dispatch, "OVERRIDE", "triton")
-    ids = tokens(2, 9)
+    ids = tokens(2, 9).to(device)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     options = {"cache_implementation": "static"} if static else {}
@@ -78,10 +78,10 @@ def test_a_training_step_has_the_same_gradients(family):
 
 @every_backend
 @pytest.mark.parametrize("padding", ["left", "right", "hole", "none"])
-def test_every_padding_mask_is_obeyed(padding, backend, monkeypatch):
+def test_every_padding_mask_is_obeyed(padding, backend, device, monkeypatch):
     monkeypatch.setattr(dispatch, "OVERRIDE", backend)
-    usual, ours = pair("mistral", **WIDE)
-    ids = tokens(3, 10)
+    usual, ours = pair("mistral", device, **WIDE)
+    ids = tokens(3, 10).to(device)
     mask = torch.ones_like(ids)
     mask[1, {"left": slice(0, 3), "right": slice(7, 10), "hole": slice(4, 6), "none": slice(0, 0)}[padding]] = 0
     got, wanted = (logits_of(model, ids, attention_mask=mask) for model in (ours, usual))
@@ -89,13 +89,13 @@ def test_every_padding_mask_is_obeyed(padding, backend, monkeypatch):
 
 
 @every_backend
-def test_packed_rows_and_ready_masks_are_obeyed(backend, monkeypatch):
+def test_packed_rows_and_ready_masks_are_obeyed(backend, device, monkeypatch):
     monkeypatch.setattr(dispatch, "OVERRIDE", backend)
-    usual, ours = pair("mistral", **WIDE)
-    ids = tokens(2, 10)
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]] * 2)
+    usual, ours = pair("mistral", device, **WIDE)
+    ids = tokens(2, 10).to(device)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]] * 2, device=device)
     assert_close(logits_of(ours, ids, position_ids=positions), logits_of(usual, ids, position_ids=positions), **TIGHT)
-    whole = torch.ones(2, 1, 10, 10, dtype=torch.bool).tril()
+    whole = torch.ones(2, 1, 10, 10, dtype=torch.bool, device=device).tril()
     whole[:, :, 6:, :6] = False
     assert_close(logits_of(ours, ids, attention_mask=whole), logits_of(usual, ids, attention_mask=whole), **TIGHT)
 

@@ -1,12 +1,7 @@
-"""The GPU if there is one, and allocations that show what a kernel left unwritten."""
+"""Allocations that show what a kernel left unwritten."""
 
 import pytest
 import torch
-
-
-@pytest.fixture
-def device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ def report(kernel, kinds, constants, warps, unaligned=(), **facts):
     names = kernel.arg_names
     kinds = kinds | dict.fromkeys(constants, "constexpr")
     signature = {name: kinds.get(name, "i32") for name in names}
-    wide = [name for name in names if kinds.get(name, "")[:1] == "*" or name.endswith("stride") and name not in unaligned]
+    strides = [name for name in names if name.endswith("stride") and name not in unaligned]
+    wide = strides + [name for name in names if kinds.get(name, "").startswith("*")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in wide}
     source = GluonASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
@@ -37,7 +38,7 @@ asked = json.loads(sys.argv[1])
 
 
 def built(script: str, asked: object, folder: Path) -> dict[str, int]:
-    """What `script` reports of a kernel built as `asked`, in a process of its own: without a GPU, this one interprets."""
+    """What `script` reports of a kernel built as `asked`, in a process of its own, as this one may interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", REPORT + script, json.dumps(asked)],

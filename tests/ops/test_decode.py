@@ -16,11 +16,11 @@ from headfuse.ops.decoupled_attention.decode import (
     DecodeConfig,
     decode_attention,
     hopper_config,
-    on_hopper,
     split_count,
 )
 from headfuse.ops.decoupled_attention.rows import Rows
 from headfuse.ops.decoupled_attention.scoring import PLAIN
+from headfuse.ops.hopper import on_hopper
 
 PASSES = DecodeConfig(block=32)
 CONFIGS = {"passes": PASSES, "passes-one-split": DecodeConfig(block=64, programs=0)}

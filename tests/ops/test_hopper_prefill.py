@@ -9,9 +9,9 @@ pytest.importorskip("triton.experimental.gluon")
 from hopper_builds import REGISTERS, RESERVED_MEMORY, SHARED_MEMORY, built
 
 from headfuse.ops.decoupled_attention import Rows, Scoring, head_maps, naive_attention
-from headfuse.ops.decoupled_attention.decode import on_hopper
 from headfuse.ops.decoupled_attention.prefill import prefill_attention, suits_hopper
 from headfuse.ops.decoupled_attention.scoring import PLAIN
+from headfuse.ops.hopper import on_hopper
 
 PREFILL = """
 from triton.experimental.gluon import language as gl
@@ -22,10 +22,12 @@ def tiles(lines):
     layout = gl.NVMMASharedLayout.get_default_for([1, 1, lines, dim], gl.bfloat16)
     return f"tensordesc<bf16[1, 1, {lines}, {dim}],{layout!r}>"
 
-dim, softcap, starts = asked
-constants = {"DIM": dim, "STAGES": HOPPER_STAGES, "SOFTCAP": softcap} | ({} if starts else {"starts": None})
+dim, softcap, padded = asked
+constants = {"DIM": dim, "STAGES": HOPPER_STAGES, "SOFTCAP": softcap, "LENGTHS": padded}
+constants |= {} if padded else {"starts": None, "lengths": None}
 kinds = {"query": tiles(64), "key": tiles(HOPPER_BLOCK), "value": tiles(HOPPER_BLOCK), "out": "*bf16", "lse": "*fp32"}
-kinds |= {"starts": "*i32", "key_map": "*i64", "value_map": "*i64", "scale": "fp32", "softcap": "fp32"}
+kinds |= {"lengths": "*i32", "starts": "*i32", "key_map": "*i64", "value_map": "*i64"}
+kinds |= {"scale": "fp32", "softcap": "fp32"}
 report(hopper_prefill_kernel, kinds, constants, 4)
 """
 # Some assemblers put a few of a masked tile's registers aside.
@@ -51,34 +53,38 @@ def test_it_compiles_and_fits(shape, tmp_path):
 @pytest.mark.usefixtures("_poisoned")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("heads", "count", "total", "dim", "starts", "scoring"),
+    ("heads", "count", "total", "dim", "starts", "lengths", "scoring"),
     [
-        ((8, 3, 5), 128, 128, 128, None, PLAIN),
-        ((8, 3, 5), 1000, 1000, 128, None, PLAIN),
-        ((4, 1, 2), 64, 64, 64, None, PLAIN),
-        ((4, 4, 1), 333, 333, 64, None, PLAIN),
-        ((5, 2, 5), 100, 777, 128, None, PLAIN),  # a chunk against what came before
-        ((8, 3, 5), 500, 500, 128, (0, 130, 499), PLAIN),
-        ((8, 3, 5), 300, 300, 64, (299, 7, 128), Scoring(softcap=5.0)),
-        ((4, 2, 2), 200, 450, 128, (300, 0, 449), Scoring(scale=0.3)),
-        ((32, 6, 10), 2048, 2048, 128, None, PLAIN),
+        ((8, 3, 5), 128, 128, 128, None, None, PLAIN),
+        ((8, 3, 5), 1000, 1000, 128, None, None, PLAIN),
+        ((4, 1, 2), 64, 64, 64, None, None, PLAIN),
+        ((4, 4, 1), 333, 333, 64, None, None, PLAIN),
+        ((5, 2, 5), 100, 777, 128, None, None, PLAIN),  # a chunk against what came before
+        ((8, 3, 5), 500, 500, 128, (0, 130, 499), None, PLAIN),
+        ((8, 3, 5), 300, 300, 64, (299, 7, 128), None, Scoring(softcap=5.0)),
+        ((4, 2, 2), 200, 450, 128, (300, 0, 449), None, Scoring(scale=0.3)),
+        ((8, 3, 5), 200, 700, 128, None, (700, 333, 200), PLAIN),
+        ((4, 2, 2), 300, 512, 64, (0, 100, 17), (512, 384, 301), Scoring(softcap=5.0)),
+        ((4, 2, 2), 150, 300, 128, (0, 5, 0), (90, 6, 0), PLAIN),  # rows shorter than their queries
+        ((32, 6, 10), 2048, 2048, 128, None, None, PLAIN),
     ],
 )
-def test_it_is_right(heads, count, total, dim, starts, scoring, dtype):
+def test_it_is_right(heads, count, total, dim, starts, lengths, scoring, dtype):
     queries, keys, values = heads
     torch.manual_seed(0)
     maps = head_maps(random_map(keys, queries), random_map(values, queries), "cuda")
     shapes = ((queries, count), (keys, total), (values, total))
     query, key, value = (torch.randn(3, *shape, dim, device="cuda", dtype=dtype) for shape in shapes)
-    first = None if starts is None else torch.tensor(starts, dtype=torch.int32, device="cuda")
     clean = [x.double() for x in (query, key, value)]
-    for row, begin in enumerate(starts or ()):
+    for row in range(3):
+        begin, end = starts[row] if starts else 0, lengths[row] if lengths else total
         for cache, kept in zip((key, value), clean[1:], strict=True):
-            cache[row, :, :begin] = float("nan")
-            kept[row, :, :begin] = 0
-    rows = Rows(starts=first)
+            for outside in (slice(0, begin), slice(end, total)):
+                cache[row, :, outside], kept[row, :, outside] = float("nan"), 0
+    first, length = (x and torch.tensor(x, dtype=torch.int32, device="cuda") for x in (starts, lengths))
+    rows = Rows(length, first)
     assert suits_hopper(query, key, value, rows, scoring)
-    expected, expected_lse = naive_attention(*clean, maps, starts=first, scoring=scoring)
+    expected, expected_lse = naive_attention(*clean, maps, lengths=length, starts=first, scoring=scoring)
     for layout in (lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)):
         out, lse = prefill_attention(*map(layout, (query, key, value)), maps, rows, scoring=scoring)
         assert (out.double() - expected).norm() / expected.norm() < 1e-2

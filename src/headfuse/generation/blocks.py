@@ -35,7 +35,7 @@ class CompiledBlocks:
                     # As wide as the largest group, which differs between layers of equal numbers of heads.
                     torch._dynamo.maybe_mark_dynamic(slots, 1)
         self.projections = JoinedProjections(modules)
-        whole = compiled_calls(self.blocks, whole=True)
+        whole = compiled_calls(self.blocks, whole=True, small=True)
         self.calls = [_with_own(call, cache, cache.of_layer(index)) for index, call in enumerate(whole)]
 
     @contextmanager

@@ -10,6 +10,7 @@ from headfuse.checkpoints.source import Source
 from headfuse.errors import ConfigError
 from headfuse.models.attention import NAME
 from headfuse.models.dha.decoupled_attention import DecoupledAttention
+from headfuse.ops.hopper import on_hopper
 from headfuse.placement import Placement
 from headfuse.precision import Precision
 
@@ -28,13 +29,14 @@ def load_to_serve(
 ) -> PreTrainedModel:
     """The model of a checkpoint, its weights in bf16 or fp32 themselves: no autocast.
 
-    It attends by the function of the given name. By default that is torch's, and on a CPU ours for decoupled heads: it
-    reads the cache without repeating heads. Raises ConfigError for a name that transformers does not have, or whose
-    package is not installed.
+    It attends by the function of the given name. By default that is ours on Hopper, and on a CPU for decoupled heads:
+    it reads the cache without repeating heads. Elsewhere it is torch's. Raises ConfigError for a name that transformers
+    does not have, or whose package is not installed.
     """
     model = load_model(source, dtype=torch.bfloat16 if precision == "bf16" else torch.float32, device=device)
     decoupled = any(isinstance(module, DecoupledAttention) for module in model.modules())
-    wanted = attention or (NAME if decoupled and device.type == "cpu" else "sdpa")
+    ours = decoupled if device.type == "cpu" else on_hopper(device)
+    wanted = attention or (NAME if ours else "sdpa")
     try:
         model.set_attn_implementation(wanted)
     except (ValueError, ImportError, KeyError) as error:

@@ -10,7 +10,6 @@ shapes alone, so a captured graph serves rows that grow.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from math import log2
 from typing import Any, Literal
 
@@ -25,13 +24,13 @@ from headfuse.ops.decoupled_attention.head_maps import HeadMaps
 from headfuse.ops.decoupled_attention.passes_kernel import scores_kernel, values_kernel
 from headfuse.ops.decoupled_attention.rows import ALL_TOKENS, Rows
 from headfuse.ops.decoupled_attention.scoring import PLAIN, Scoring
+from headfuse.ops.hopper import on_hopper
 
 Design = Literal["hopper", "passes"]
 
 LOG2E = log2(torch.e)
 MAX_QUERY_HEADS = 128
 HEAD_DIMS = range(16, 257)
-HOPPER = 9
 # Bytes of a Hopper multiprocessor, and what each of its programs takes for itself.
 SHARED_MEMORY, RESERVED_MEMORY = 228 * 1024, 1024
 MOST_STAGES = 10
@@ -283,14 +282,6 @@ def _combine(
 def join_tile(splits: int) -> int:
     """How many splits to read at once: one of four sizes, so that few kernels are compiled."""
     return 4 if splits <= 4 else 16 if splits <= 16 else 64 if splits <= 64 else 256
-
-
-@lru_cache
-def on_hopper(device: torch.device) -> bool:
-    """Whether the device has Hopper's matrix unit, and Triton its Gluon."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER:
-        return False
-    return find_spec("triton.experimental.gluon") is not None
 
 
 def aligned(*caches: Tensor) -> bool:

@@ -43,24 +43,30 @@ def attention(
 
     Raises ConfigError if `HEADFUSE_ATTENTION` names no backend, or one that cannot compute this.
     """
-    backend = OVERRIDE or chosen(query, key, value, scoring)
+    backend = OVERRIDE or chosen(query, key, value, rows, scoring)
     if backend not in BACKENDS:
         raise ConfigError(f"HEADFUSE_ATTENTION: wanted one of {', '.join(BACKENDS)}, got {backend!r}; set one of them")
     return BACKENDS[backend](query, key, value, maps, rows, scoring)
 
 
-def chosen(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> str:
+def chosen(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scoring: Scoring) -> str:
     """The name of a backend.
 
-    More than one query, or gradients, go to torch's attention, whose tuned kernels outweigh the gather; only a soft-cap
-    is beyond it.
+    Gradients, and more than one query outside of Hopper, go to torch's attention, whose tuned kernels outweigh the
+    gather; only a soft-cap is beyond it.
     """
-    if query.shape[2] == 1 and not _learns(query, key, value):
+    learns, kernels = _learns(query, key, value), query.is_cuda and HAS_TRITON
+    if query.shape[2] == 1 and not learns:
         fits = query.shape[-1] in HEAD_DIMS and query.shape[1] <= MAX_DECODED_HEADS
-        return "triton" if query.is_cuda and HAS_TRITON and fits else "grouped"
+        return "triton" if kernels and fits else "grouped"
+    if kernels and not learns and not torch.compiler.is_compiling():
+        from headfuse.ops.decoupled_attention.prefill import suits_hopper
+
+        if suits_hopper(query, key, value, rows, scoring):
+            return "triton"
     if scoring.softcap is None:
         return "sdpa"
-    return "triton" if query.is_cuda and HAS_TRITON and query.shape[-1] in HEAD_DIMS else "naive"
+    return "triton" if kernels and query.shape[-1] in HEAD_DIMS else "naive"
 
 
 def _learns(*tensors: Tensor) -> bool:

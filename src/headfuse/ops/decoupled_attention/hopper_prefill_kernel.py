@@ -15,6 +15,7 @@ Tokens are walked from the last to the first, so that the tiles where a query se
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -136,6 +137,23 @@ def attend(
 
 
 @gluon.jit
+def clear_behind(values, ready, at, length):
+    """Zeros for the tokens of the tile at `at` that are not before `length`: a weight of zero hides no NaN.
+
+    Both groups write the same.
+    """
+    block: gl.constexpr = values.shape[2]
+    width: gl.constexpr = values.shape[3]
+    copied: gl.constexpr = gl.BlockedLayout([1, 8], [256 // width, width // 8], [4, 1], [1, 0])
+    if at + block > length:
+        mbarrier.wait(ready, 0)
+        tile = values.reshape([block, width])
+        kept = (at + gl.arange(0, block, gl.SliceLayout(1, copied)) < length)[:, None]
+        tile.store(gl.where(kept, tile.load(copied), 0.0).to(values.dtype))
+        fence_async_shared()
+
+
+@gluon.jit
 def take_tiles(
     group: gl.constexpr,
     tiles,
@@ -146,13 +164,15 @@ def take_tiles(
     written,
     DIM: gl.constexpr,
     SOFTCAP: gl.constexpr,
+    LENGTHS: gl.constexpr,
 ):
     """One group's queries.
 
-    `where` is the program's first query and its position, the number of tiles, and the first token of the last tile;
-    `written` is where the head's output and log-sum-exp go, for how many queries, and the stride of an output.
+    `where` is the program's first query and its position, the number of tiles, the first token of the last tile, and
+    the row's length; `written` is where the head's output and log-sum-exp go, for how many queries, and the stride of
+    an output. `LENGTHS`: behind the row's length there may be anything, numbers or not.
     """
-    at_query, position, steps, last = where
+    at_query, position, steps, last, length = where
     scale, softcap = scoring
     out, lse, count, out_token_stride = written
     query_tiles, key_tiles, value_tiles = tiles
@@ -176,6 +196,8 @@ def take_tiles(
     mbarrier.arrive(free[0].index(0), count=1)
     tokens = last + gl.arange(0, block, gl.SliceLayout(0, scored))
     raised, top, total, _ = weighed(products, top, total, positions, tokens, scale, softcap, SOFTCAP, True)
+    if LENGTHS:
+        clear_behind(value_tiles.index(0), values_ready.index(0), last, length)
     mbarrier.wait(keys_ready.index(1 % stages), 1 // stages, pred=steps > 1)
     carried = gl.full([QUERIES, width], 0.0, gl.float32, summed), raised, top, total
 
@@ -222,6 +244,7 @@ def hopper_prefill_kernel(
     value,
     out,
     lse,
+    lengths,
     starts,
     key_map,
     value_map,
@@ -236,11 +259,12 @@ def hopper_prefill_kernel(
     DIM: gl.constexpr,
     STAGES: gl.constexpr,
     SOFTCAP: gl.constexpr,
+    LENGTHS: gl.constexpr,
 ):
     """Grid (blocks of queries, query heads, rows); the last queries, which see most, come first.
 
     `query`, `key` and `value` are descriptors of `[B, n, T, d]` with tiles of a group's queries and of a block of
-    tokens.
+    tokens. `LENGTHS`: whether there are `lengths`.
     """
     at_query = (gl.num_programs(0) - 1 - gl.program_id(0)) * GROUPS * QUERIES
     head, row = gl.program_id(1), gl.program_id(2)
@@ -264,23 +288,25 @@ def hopper_prefill_kernel(
         mbarrier.init(values_free.index(slot), count=GROUPS)
     ready, free = (queries_ready, keys_ready, values_ready), (keys_free, values_free)
 
-    start = 0
+    start, length = 0, capacity
     if starts is not None:
         start = gl.load(starts + row)
-    position = capacity - count + at_query
+    if lengths is not None:
+        length = gl.load(lengths + row)
+    position = length - count + at_query
     # Tiles begin at the row's first token: what lies before it may be anything. One tile at least, seen or not.
-    steps = gl.maximum(gl.cdiv(gl.minimum(position + GROUPS * QUERIES, capacity) - start, block), 1)
+    steps = gl.maximum(gl.cdiv(gl.minimum(position + GROUPS * QUERIES, length) - start, block), 1)
     last = start + (steps - 1) * block
     place = (row, head, gl.load(key_map + head).to(gl.int32), gl.load(value_map + head).to(gl.int32), at_query)
     wide_row, wide_head = row.to(gl.int64), head.to(gl.int64)
     head_out = out + wide_row * out_row_stride + wide_head * out_head_stride
     head_lse = lse + (wide_row * num_heads + wide_head) * count
-    where, scoring = (at_query, position, steps, last), (scale, softcap)
+    where, scoring = (at_query, position, steps, last, length), (scale, softcap)
     written = (head_out, head_lse, count, out_token_stride)
     gl.warp_specialize(
         [
-            (take_tiles, (0, tiles, ready, free, where, scoring, written, DIM, SOFTCAP)),
-            (take_tiles, (1, tiles, ready, free, where, scoring, written, DIM, SOFTCAP)),
+            (take_tiles, (0, tiles, ready, free, where, scoring, written, DIM, SOFTCAP, LENGTHS)),
+            (take_tiles, (1, tiles, ready, free, where, scoring, written, DIM, SOFTCAP, LENGTHS)),
             (bring_tiles, (query, key, value, tiles, ready, free, place, steps, last)),
         ],
         [4, 1],

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from headfuse.errors import ConfigError
 from headfuse.ops.decoupled_attention.backward_kernel import query_gradient_kernel, shared_gradient_kernel
-from headfuse.ops.decoupled_attention.decode import HEAD_DIMS, LOG2E, aligned, on_hopper
+from headfuse.ops.decoupled_attention.decode import HEAD_DIMS, LOG2E, aligned
 from headfuse.ops.decoupled_attention.head_maps import HeadMaps, tile
 from headfuse.ops.decoupled_attention.prefill_kernel import prefill_kernel
 from headfuse.ops.decoupled_attention.rows import ALL_TOKENS, Rows
 from headfuse.ops.decoupled_attention.scoring import PLAIN, Scoring
+from headfuse.ops.hopper import on_hopper
 
 # Queries and tokens of a tile, stages and warps, for heads of up to 128 and of up to 256 channels.
 SIZES = {
@@ -86,13 +87,13 @@ def prefill_attention(
 
 
 def suits_hopper(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scoring: Scoring) -> bool:
-    """Whether the kernel for Hopper computes this: whole dense rows of half precision, though padded on the left."""
+    """Whether the kernel for Hopper computes this: dense rows of half precision, without a window."""
     return (
         on_hopper(query.device)
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] in HOPPER_DIMS
         and query.shape[2] >= HOPPER_QUERIES
-        and rows.lengths is rows.block_table is scoring.window is None
+        and rows.block_table is scoring.window is None
         and aligned(query, key, value)
     )
 
@@ -127,6 +128,7 @@ def _hopper(
         tiles(value, HOPPER_BLOCK),
         out,
         lse,
+        rows.lengths,
         rows.starts,
         maps.key,
         maps.value,
@@ -139,6 +141,7 @@ def _hopper(
         DIM=dim,
         STAGES=HOPPER_STAGES,
         SOFTCAP=scoring.softcap is not None,
+        LENGTHS=rows.lengths is not None,
         num_warps=4,
     )
 
