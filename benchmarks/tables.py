@@ -215,6 +215,24 @@ def steps(rows: Sequence[Row]) -> str:
     )
 
 
+def whole_rows(rows: Sequence[Row]) -> str:
+    """Milliseconds of many queries a row, and the memory that it takes on the way, beside a gather for torch's."""
+    backends = {"triton": "ours", "gather+cudnn": "gather + cuDNN", "gather+flash": "gather + flash"}
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        heads = f"{row['query_heads']} on {row['key_heads']} + {row['value_heads']} of {row['head_dim']}"
+        found.setdefault((f"{row['batch']} x {row['context']}", heads), {})[row["backend"]] = row
+    lines = []
+    for (size, heads), cells in found.items():
+        ours, best = cells["triton"], min(cells[name]["microseconds"] for name in backends if name != "triton")
+        times = [f"{cells[name]['microseconds'] / 1000:.2f}" for name in backends]
+        memory = " / ".join(f"{cells[name]['peak_mb']:.0f}" for name in ("triton", "gather+cudnn"))
+        speed = f"{best / ours['microseconds']:.2f}x"
+        lines.append([size, heads, *times, speed, f"{ours['tflop_s']:.0f}", memory])
+    names = [*backends.values(), "ours is", "TFLOP/s", "MB, ours / cuDNN"]
+    return markdown(["rows x tokens", "heads", *names], lines)
+
+
 def _trained_way(row: Row) -> str:
     return f"{row['method']}{', next-token loss' if row['lm_weight'] == 1 else ''}"
 
@@ -238,6 +256,8 @@ TABLES = {
     "decoding": ("decode_attention.json", decoding),
     "caches": ("decode_attention.json", caches),
     "steps": ("decode_step.json", steps),
+    "prompts": ("prefill_attention.json", whole_rows),
+    "gradients": ("backward_attention.json", whole_rows),
 }
 
 if __name__ == "__main__":
