@@ -131,11 +131,18 @@ class Learned:
         return prefill_op(*self.leaves, self.maps.tensors(), None, self.starts, None, *numbers)[0]
 
     def gathered(self, backend: SDPBackend) -> Tensor:
-        """The heads gathered to the query heads, then torch's attention."""
+        """The heads gathered to the query heads, then torch's attention; gradients of shared heads add up in order."""
+        return self._repeated(gather, backend)
+
+    def selected(self, backend: SDPBackend) -> Tensor:
+        """The same by torch's own selection, whose gradients of shared heads are added up by atomic operations."""
+        return self._repeated(lambda heads, index: heads.index_select(1, index.long()), backend)
+
+    def _repeated(self, repeat: Callable[[Tensor, Tensor], Tensor], backend: SDPBackend) -> Tensor:
         query, key, value = self.leaves
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(
-                query, gather(key, self.maps.key), gather(value, self.maps.value), is_causal=True
+                query, repeat(key, self.maps.key), repeat(value, self.maps.value), is_causal=True
             )
 
     def gradients(self, out: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, ...]:

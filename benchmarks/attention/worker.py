@@ -18,6 +18,7 @@ from attention.cases import Case, checked_configs, configs, is_check, jobs, key_
 from attention.checks import close, verify, verify_learned
 from attention.inputs import ROTATED_BYTES, Inputs, Learned
 from attention.lines import say
+from attention.peers import flashinfer_version, time_flashinfer
 from attention.times import eager_microseconds, memory_rates, microseconds
 from headfuse.ops.decoupled_attention.decode import DecodeConfig, default_config
 from headfuse.ops.decoupled_attention.rows import Rows
@@ -56,6 +57,7 @@ def facts() -> dict[str, Any]:
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
+        "flashinfer": flashinfer_version(),
         "python": platform.python_version(),
         "timing": "median of CUDA-graph replays, inputs rotating over at least "
         f"{ROTATED_BYTES / 1e9:g} GB and 4 sets; gb_s counts each cached key and value once",
@@ -92,7 +94,7 @@ def tune(name: str, case: Case, done: set[str], deadline: float) -> None:
         return verify(inputs, config, expected) | {"microseconds": microseconds(inputs.launches(config))}
 
     if case.key_heads == case.value_heads and case.maps == "grouped" and case.layout == "heads" and not case.page:
-        baselines(name, case, done, inputs)
+        baselines(name, case, done, inputs, expected[0])
     for index, config in enumerate(configs(case)):
         if time.time() > deadline:
             return
@@ -112,15 +114,17 @@ def tabulate(name: str, case: Case, done: set[str], best: dict[str, DecodeConfig
 
     attempt(f"{name} triton", case, config, done, timed, inputs)
     if case.key_heads == case.value_heads and case.maps == "grouped":
-        baselines(name, case, done, inputs)
+        baselines(name, case, done, inputs, expected[0])
 
 
-def baselines(name: str, case: Case, done: set[str], inputs: Inputs) -> None:
-    """Attention of torch, through cuDNN and Flash."""
+def baselines(name: str, case: Case, done: set[str], inputs: Inputs, expected: Tensor) -> None:
+    """Attention of torch, through cuDNN and Flash, and FlashInfer's decoding if it is installed."""
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         label = backend.name.split("_")[0].lower()
         launches = inputs.attention(backend)
         attempt(f"{name} {label}", case, label, done, lambda x=launches: {"microseconds": microseconds(x)}, inputs)
+    if flashinfer_version() is not None:
+        attempt(f"{name} flashinfer", case, "flashinfer", done, lambda: time_flashinfer(inputs, expected), inputs)
 
 
 def time_learned(name: str, case: Case, done: set[str], *, backward: bool) -> None:
@@ -130,6 +134,8 @@ def time_learned(name: str, case: Case, done: set[str], *, backward: bool) -> No
     ways: dict[str, Callable[[], Tensor]] = {"triton": inputs.triton}
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         ways[f"gather+{backend.name.split('_')[0].lower()}"] = lambda backend=backend: inputs.gathered(backend)
+    if backward:
+        ways["select+cudnn"] = lambda: inputs.selected(SDPBackend.CUDNN_ATTENTION)
     expected = inputs.gathered(SDPBackend.FLASH_ATTENTION)
     wanted = inputs.gradients(expected) if backward else (expected,)
 
