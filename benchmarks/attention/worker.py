@@ -139,12 +139,14 @@ def time_learned(name: str, case: Case, done: set[str], *, backward: bool) -> No
     expected = inputs.gathered(SDPBackend.FLASH_ATTENTION)
     wanted = inputs.gradients(expected) if backward else (expected,)
 
-    def timed(way: Callable[[], Tensor]) -> dict[str, float]:
+    def timed(way: Callable[[], Tensor]) -> dict[str, Any]:
         if not backward:
             with torch.no_grad():
                 return close((way(),), wanted, 2e-2) | eager_microseconds(way)
         out = way()
-        return close(inputs.gradients(out), wanted, 3e-2) | eager_microseconds(lambda: inputs.gradients(out))
+        first, second = inputs.gradients(out), inputs.gradients(out)
+        repeats = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        return close(first, wanted, 3e-2) | {"repeats": repeats} | eager_microseconds(lambda: inputs.gradients(out))
 
     for label, way in ways.items():
         attempt(f"{name} {label}", case, label, done, lambda way=way: timed(way), flops=flops)
