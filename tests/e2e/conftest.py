@@ -1,5 +1,6 @@
 """A tiny model, a text, and the command line in this process."""
 
+import shutil
 import sys
 
 import pytest
@@ -36,6 +37,12 @@ def model(shared_folder):
 @pytest.fixture
 def text(shared_folder):
     return shared_folder / "text.txt"
+
+
+@pytest.fixture
+def damaged(model, tmp_path):
+    """A copy of the model to damage."""
+    return shutil.copytree(model, tmp_path / "damaged")
 
 
 @pytest.fixture
