@@ -241,10 +241,12 @@ def main_cases(options: argparse.Namespace) -> Iterator[Case]:
     """Every way at every budget of tokens."""
     names = options.ways.split(",") if options.ways else MAIN
     for kv, name, budget in itertools.product(options.kv.split(","), names, options.budgets.split(",")):
-        if BUDGETS[budget] or WAYS[name].learning.start == "converted":  # without tokens, fusion has nothing to say
+        way, total = WAYS[name], BUDGETS[budget]
+        fuses = way.learning.start != "converted" or way.learning.fusion_share
+        if not fuses or total > way.spends(total):  # without tokens to train on, fusion has nothing to say
             for seed in seeds(options):
                 changed = overrides(options, name, budget)
-                yield Case("main", name, WAYS[name], kv, budget, seed, changed, options.lm_weight)
+                yield Case("main", name, way, kv, budget, seed, changed, options.lm_weight)
 
 
 def base_cases(options: argparse.Namespace) -> Iterator[Case]:
