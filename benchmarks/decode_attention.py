@@ -1,4 +1,4 @@
-"""Attention of decoupled heads on a GPU: correctness, then time against a copy and torch's own attention.
+"""Attention of decoupled heads on a GPU: correctness, then time against a copy and the attention of others.
 
     python benchmarks/decode_attention.py check --out check.json
     python benchmarks/decode_attention.py tune  --out tune.json --budget 150
@@ -6,12 +6,13 @@
     python benchmarks/decode_attention.py prefill  --out prefill_attention.json --budget 90
     python benchmarks/decode_attention.py backward --out backward_attention.json --budget 90
 
-`prefill` and `backward` compare the kernels with a gather of the heads and torch's attention, each call between two
-events. Every decoding time is the median of CUDA-graph replays; one graph runs a kernel over several sets of inputs,
-together far larger than the L2 cache, so that nothing is read from there and nothing dirty is left in it. What is timed
-has been found right first, in the same process. A worker process does the measuring: when it crashes or hangs, what it
-was at is recorded as failed and a new worker goes on with the rest. Checks come first, and begin only within a third of
-the budget from when the kernels are compiled; a note names those left out.
+`tune` and `table` time torch's attention (cuDNN, Flash) and FlashInfer's decoding, where that is installed, on equal
+counts of grouped heads. `prefill` and `backward` compare the kernels with a gather of the heads and torch's attention,
+each call between two events. Every decoding time is the median of CUDA-graph replays; one graph runs a kernel over
+several sets of inputs, together far larger than the L2 cache, so that nothing is read from there and nothing dirty is
+left in it. What is timed has been found right first, in the same process. A worker process does the measuring: when it
+crashes or hangs, what it was at is recorded as failed and a new worker goes on with the rest. Checks come first, and
+begin only within a third of the budget from when the kernels are compiled; a note names those left out.
 """
 
 import argparse

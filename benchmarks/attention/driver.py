@@ -181,7 +181,7 @@ def shown(row: dict[str, Any]) -> str:
     rate = rate or f"{row['gb_s']:>7.1f} GB/s {100 * row['copy_fraction']:>5.1f}%"
     return (
         f"B={row['batch']:<3} T={row['context']:<6} H={row['query_heads']:<3} {heads} "
-        f"d={row['head_dim']} {row['maps']:<7} {extra:<14} {row['backend']:<6} {row['microseconds']:>8.2f} us "
+        f"d={row['head_dim']} {row['maps']:<7} {extra:<14} {row['backend']:<10} {row['microseconds']:>8.2f} us "
         f"{rate}  {how}"
     )
 

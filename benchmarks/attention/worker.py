@@ -31,6 +31,8 @@ def work(options: argparse.Namespace) -> None:
     if "rates" not in done:
         say(begin="rates")
         say(end="rates", meta=facts() | memory_rates())
+        if options.mode in ("tune", "table") and flashinfer_version() is None:
+            say(note="FlashInfer is not installed: there are no rows of it")
     for name, case in jobs(options.mode):
         if time.time() > deadline:
             say(note=f"out of time before {name}")
