@@ -5,17 +5,16 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from headfuse.checkpoints.loading import load_config, load_model, load_tokenizer
 from headfuse.checkpoints.source import locate
 from headfuse.checkpoints.validation import check_checkpoint, check_weights
 from headfuse.errors import CheckpointError, UnsupportedArchitectureError
 from pico import every_family, logits_of, pico, tokens
+from weight_folders import KEY, WEIGHTS, as_pickle, edit_config, edit_weights
 
-WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-KEY = "model.layers.1.self_attn.k_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -48,22 +47,6 @@ def refusal(folder, kind=CheckpointError, **options):
     assert "\n" not in message
     assert str(folder) in message
     return message
-
-
-def edit_config(folder, **fields):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def edit_weights(folder, edit):
-    tensors = load_file(folder / WEIGHTS)
-    edit(tensors)
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-
-
-def as_pickle(folder, content=None):
-    torch.save(load_file(folder / WEIGHTS) if content is None else content, folder / "pytorch_model.bin")
-    (folder / WEIGHTS).unlink()
 
 
 @every_family

@@ -6,13 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from folders import WEIGHTS, assert_complete, edit_config, edit_weights
+from outcomes import assert_complete
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from command_line import assert_refused
 from headfuse.evaluation.cache_bytes import measured_cache_bytes
 from pico import logits_of, tokens
+from weight_folders import WEIGHTS, edit_config, edit_weights
 
 
 def test_gqa_is_a_stock_checkpoint_of_the_promised_size(convert, tmp_path):

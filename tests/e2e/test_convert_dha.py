@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from folders import WEIGHTS, assert_complete, assert_nothing_written
+from outcomes import assert_complete, assert_nothing_written
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +14,7 @@ from headfuse.evaluation.cache_bytes import measured_cache_bytes
 from pico import pico
 from short_runs import stopping
 from tiny_tokenizer import VOCABULARY, tiny_tokenizer
+from weight_folders import WEIGHTS
 
 LEARN = ("--method", "dha", "--kv", "50%", "--tokens", "2k", "--rows", "4", "--row-length", "32", "--repeat")
 DELTA = ("--init", "delta", "--search-share", "0.2", "--fusion-share", "0.3")

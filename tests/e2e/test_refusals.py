@@ -5,7 +5,7 @@ from collections import namedtuple
 from contextlib import contextmanager
 
 import pytest
-from folders import KEY, WEIGHTS, as_pickle, assert_nothing_written, edit_config, edit_weights
+from outcomes import assert_nothing_written
 from safetensors.torch import load_file
 
 from command_line import assert_refused
@@ -13,6 +13,7 @@ from headfuse import progress
 from headfuse.folder import SPARE_BYTES
 from pico import pico
 from tiny_tokenizer import VOCABULARY
+from weight_folders import KEY, WEIGHTS, as_pickle, edit_config, edit_weights
 
 DiskUsage = namedtuple("DiskUsage", "total used free")
 

@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-REGISTERS, SHARED_MEMORY, RESERVED_MEMORY = 65_536, 228 * 1024, 1024
+# Of a multiprocessor.
+REGISTERS = 65_536
 
 REPORT = """
 import json, subprocess, sys

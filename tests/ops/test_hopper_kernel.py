@@ -4,7 +4,9 @@ import pytest
 
 pytest.importorskip("triton.experimental.gluon")
 
-from hopper_builds import REGISTERS, RESERVED_MEMORY, SHARED_MEMORY, built
+from hopper_builds import REGISTERS, built
+
+from headfuse.ops.decoupled_attention.decode import RESERVED_MEMORY, SHARED_MEMORY
 
 DECODE = """
 from headfuse.ops.decoupled_attention.decode import hopper_config

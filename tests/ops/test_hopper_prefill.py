@@ -6,9 +6,10 @@ from problems import random_map
 
 pytest.importorskip("triton.experimental.gluon")
 
-from hopper_builds import REGISTERS, RESERVED_MEMORY, SHARED_MEMORY, built
+from hopper_builds import REGISTERS, built
 
 from headfuse.ops.decoupled_attention import Rows, Scoring, head_maps, naive_attention
+from headfuse.ops.decoupled_attention.decode import RESERVED_MEMORY, SHARED_MEMORY
 from headfuse.ops.decoupled_attention.prefill import prefill_attention, suits_hopper
 from headfuse.ops.decoupled_attention.scoring import PLAIN
 from headfuse.ops.hopper import on_hopper

@@ -1,26 +1,9 @@
-"""Model folders that are read, damaged and written by the command line's tests."""
+"""What a conversion leaves behind: everything, or nothing."""
 
 import json
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from headfuse.manifest import Manifest
 from headfuse.planning.plan import HeadPlan
-
-WEIGHTS = "model.safetensors"
-KEY = "model.layers.1.self_attn.k_proj.weight"
-
-
-def edit_config(folder, **fields):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def edit_weights(folder, edit):
-    weights = load_file(folder / WEIGHTS)
-    edit(weights)
-    save_file(weights, folder / WEIGHTS, {"format": "pt"})
 
 
 def assert_nothing_written(tmp_path):
@@ -42,8 +25,3 @@ def assert_complete(out, done, target):
     assert (out / "README.md").is_file()
     assert (out / "tokenizer.json").is_file()
     return plan
-
-
-def as_pickle(folder):
-    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
-    (folder / WEIGHTS).unlink()
