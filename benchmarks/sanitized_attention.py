@@ -12,9 +12,12 @@ from dataclasses import replace
 import torch
 
 from attention.cases import Case
-from attention.checks import verify, verify_learned
+from attention.checks import TOLERANCE, close, verify, verify_learned
 from attention.inputs import Inputs, Learned
 from headfuse.ops.decoupled_attention.decode import DecodeConfig
+from headfuse.ops.decoupled_attention.naive import naive_attention
+from headfuse.ops.decoupled_attention.prefill import prefill_attention
+from headfuse.ops.decoupled_attention.rows import Rows
 from headfuse.ops.hopper import on_hopper
 
 SMALL = Case(2, 320, 3, 5, query_heads=8, ragged=True)
@@ -35,6 +38,16 @@ def main() -> None:
             print(config, case, verify(inputs, config, expected))
     for case in (LEARNED, replace(LEARNED, ragged=True, window=40)):
         print(case, verify_learned(Learned(case)))
+    print("prompts of their own lengths", verify_lengths(Learned(LEARNED)))
+
+
+def verify_lengths(inputs: Learned) -> dict[str, float]:
+    """Prompts that end before their rows do, against fp64."""
+    lengths = torch.tensor([inputs.case.context - 60, 97], dtype=torch.int32, device="cuda")
+    leaves = [x.detach() for x in inputs.leaves]
+    got = prefill_attention(*leaves, inputs.maps, Rows(lengths))[0]
+    expected = naive_attention(*(x.double() for x in leaves), inputs.maps, lengths=lengths)[0]
+    return close((got,), (expected,), TOLERANCE[got.dtype])
 
 
 if __name__ == "__main__":
