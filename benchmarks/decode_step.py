@@ -203,7 +203,7 @@ def measure(model: Any, attention: str, batch: int, context: int, compiled: bool
 def noting_logits(model: Any) -> Iterator[list[Tensor]]:
     """Within the context the list gets the logits of every call; a captured call's are rewritten by every replay."""
     logits: list[Tensor] = []
-    handle = model.get_output_embeddings().register_forward_hook(lambda _module, _inputs, out: logits.append(out))
+    handle = model.register_forward_hook(lambda _module, _inputs, out: logits.append(out.logits))
     try:
         yield logits
     finally:

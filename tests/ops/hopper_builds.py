@@ -15,12 +15,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-def report(kernel, kinds, constants, warps, unaligned=(), **facts):
+def report(kernel, kinds, constants, warps, unaligned=(), aligned=(), **facts):
     names = kernel.arg_names
     kinds = kinds | dict.fromkeys(constants, "constexpr")
     signature = {name: kinds.get(name, "i32") for name in names}
     strides = [name for name in names if name.endswith("stride") and name not in unaligned]
-    wide = strides + [name for name in names if kinds.get(name, "").startswith("*")]
+    wide = [*strides, *aligned] + [name for name in names if kinds.get(name, "").startswith("*")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in wide}
     source = GluonASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})

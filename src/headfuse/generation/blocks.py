@@ -2,7 +2,7 @@
 
 Compiled code is made anew for every number that it has read from a block, and a block reads its index, to find its
 layer of the cache. Here it gets a cache of that layer alone, and index 0: equal blocks then share one graph, into which
-weights, keys and values go as inputs. Projections of one input are joined.
+weights, keys and values go as inputs. Linear layers, the model's last one too, are computed as suits few rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from headfuse.checkpoints.assembly import decoder_layers
 from headfuse.checkpoints.registry import adapter_of_converted
 from headfuse.generation.cache import PreallocatedCache
 from headfuse.models.compiled import calling, compiled_calls
-from headfuse.models.joined_projections import JoinedProjections
+from headfuse.models.step_projections import StepProjections
 
 
 class CompiledBlocks:
@@ -34,7 +34,7 @@ class CompiledBlocks:
                 for slots in (maps.key_slots, maps.value_slots):
                     # As wide as the largest group, which differs between layers of equal numbers of heads.
                     torch._dynamo.maybe_mark_dynamic(slots, 1)
-        self.projections = JoinedProjections(modules)
+        self.projections = StepProjections([model, *modules])
         whole = compiled_calls(self.blocks, whole=True, small=True)
         self.calls = [_with_own(call, cache, cache.of_layer(index)) for index, call in enumerate(whole)]
 

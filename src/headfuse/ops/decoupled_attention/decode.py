@@ -9,7 +9,6 @@ shapes alone, so a captured graph serves rows that grow.
 # pyright: reportCallIssue=false
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import log2
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from headfuse.ops.decoupled_attention.head_maps import HeadMaps
 from headfuse.ops.decoupled_attention.passes_kernel import scores_kernel, values_kernel
 from headfuse.ops.decoupled_attention.rows import ALL_TOKENS, Rows
 from headfuse.ops.decoupled_attention.scoring import PLAIN, Scoring
-from headfuse.ops.hopper import on_hopper
+from headfuse.ops.hopper import on_hopper, processors
 
 Design = Literal["hopper", "passes"]
 
@@ -38,8 +37,6 @@ MOST_STAGES = 10
 SHORT_STRETCH = 32
 # Another wave has to fill the multiprocessors by so much more.
 MOST_WAVES, WORTHWHILE = 4, 0.08
-# What the interpreter pretends to have.
-NO_PROCESSORS = 4
 
 
 @dataclass(frozen=True)
@@ -287,14 +284,6 @@ def join_tile(splits: int) -> int:
 def aligned(*caches: Tensor) -> bool:
     """Whether every 16 bytes of every token can be copied at once."""
     return all(x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:3]) for x in caches)
-
-
-@lru_cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    if device.type != "cuda":
-        return NO_PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, maps: HeadMaps) -> None:

@@ -1,4 +1,4 @@
-"""Joined projections are one product, with the values of their layers and no memory of their own."""
+"""Projections of a step: siblings are one product, with the values of their layers and no memory of their own."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from headfuse.models.joined_projections import JoinedProjections, joinable, side_by_side
+from headfuse.models.step_projections import StepProjections, joinable, side_by_side
 from pico import pico, tokens
 from pico_dha import pico_dha
 
@@ -43,7 +43,7 @@ def test_a_block_makes_fewer_products_and_computes_the_same(make, saved):
     model = make()
     layers = model.config.num_hidden_layers
     before, wanted = products(model)
-    joined = JoinedProjections(list(model.modules()))
+    joined = StepProjections(list(model.modules()))
     with joined.at_work():
         count, logits = products(model)
     assert count == before - saved * layers
@@ -69,7 +69,7 @@ def test_weights_move_once_and_are_held_once():
 def test_a_joined_model_is_written_as_any_other(tmp_path):
     model = pico("llama")
     wanted = {name: each.clone() for name, each in model.state_dict().items()}
-    JoinedProjections(list(model.modules()))
+    StepProjections(list(model.modules()))
     model.save_pretrained(tmp_path)
     found = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     assert found.keys() == wanted.keys()
@@ -90,7 +90,7 @@ def test_only_plain_layers_of_one_kind_are_joined():
 def test_siblings_of_other_inputs_are_refused_and_nothing_stays_behind():
     block = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("gate_proj", "up_proj")})
     gate, up = (lambda: block["gate_proj"]), (lambda: block["up_proj"])
-    joined, x = JoinedProjections([block]), torch.ones(1, 4)
+    joined, x = StepProjections([block]), torch.ones(1, 4)
     with pytest.raises(AssertionError, match="different inputs"), joined.at_work():
         gate()(x)
         up()(x + 1)

@@ -1,7 +1,8 @@
-"""Projections of one input as one product of matrices: small products leave a GPU's memory idle at their ends.
+"""The linear layers of decoding steps: products of few rows, bound by reading the weights.
 
-The weights are moved side by side in memory and stay parameters of their own; nothing is held twice. A module whose
-projections are joined computes all of them when the first is called, and hands out the others as slices.
+Each is computed by what suits few rows (`ops/skinny_product`). Projections of one input become one product, as small
+ones leave a GPU's memory idle at their ends: their weights are moved side by side and stay parameters of their own, so
+nothing is held twice; the first call computes all of them, and the others are handed out as slices.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,29 +12,32 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from headfuse.ops.skinny_product.product import few_rows, skinny_linear, suits
+
 # What a module calls on one input, before it uses any of the results.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-class JoinedProjections:
-    """The sibling projections of some modules, joined where they are plain linear layers.
+class StepProjections:
+    """The plain linear layers among the children of some modules, siblings joined.
 
-    Moves their weights; values, shapes and names stay. Weights that later move again, to another device, part from it.
+    Moves the weights of siblings; values, shapes and names stay. Weights that later move again, to another device, part
+    from it.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.places: list[tuple[nn.Module, str, _Part]] = []
         for module in modules:
-            for names in SIBLINGS:
-                linears = [getattr(module, name, None) for name in names]
-                if joinable(linears):
-                    product = _Product([each for each in linears if isinstance(each, nn.Linear)])
-                    parts = zip(names, product.parts(), strict=True)
-                    self.places.extend((module, name, part) for name, part in parts)
+            siblings = [names for names in SIBLINGS if joinable([getattr(module, name, None) for name in names])]
+            joined = {name for names in siblings for name in names}
+            alone = [(name,) for name, child in module.named_children() if name not in joined and joinable([child])]
+            for names in (*siblings, *alone):
+                product = _Product([getattr(module, name) for name in names])
+                self.places.extend((module, name, part) for name, part in zip(names, product.parts(), strict=True))
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Within the context, which holds calls without gradients alone, the modules compute their siblings at once."""
+        """Within the context, which holds calls without gradients alone, these products stand for the layers."""
         own = [getattr(module, name) for module, name, _ in self.places]
         try:
             for module, name, part in self.places:
@@ -72,7 +76,7 @@ def side_by_side(parameters: Sequence[Tensor]) -> Tensor:
 
 
 class _Product(nn.Module):
-    """The product of one input with the joined weights, kept until every part of it has been taken."""
+    """The product of one input with the weights of some layers, kept until every part of it has been taken."""
 
     weight: Tensor
     bias: Tensor | None
@@ -82,8 +86,14 @@ class _Product(nn.Module):
         biases = [each.bias for each in linears if each.bias is not None]
         self.register_buffer("weight", side_by_side([each.weight for each in linears]), persistent=False)
         self.register_buffer("bias", side_by_side(biases) if biases else None, persistent=False)
+        self.skinny = suits(self.weight)
         self.widths = [each.out_features for each in linears]
         self.forget()
+
+    def of(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... n"]:
+        """All channels."""
+        layer = skinny_linear if self.skinny and few_rows(x) and x.dtype == self.weight.dtype else nn.functional.linear
+        return layer(x, self.weight, self.bias)
 
     def parts(self) -> list["_Part"]:
         """What stands for each linear layer."""
@@ -98,18 +108,23 @@ class _Product(nn.Module):
 
 
 class _Part(nn.Module):
-    """Stands for one of the joined layers."""
+    """Stands for one layer."""
 
     def __init__(self, product: _Product, first: int, last: int) -> None:
         super().__init__()
         self.product, self.first, self.last = product, first, last
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weights: some models look at their type."""
+        return self.product.weight[self.first : self.last]
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... n"]:
         """The layer's channels of the product."""
         product = self.product
         if product.left == 0:
             product.input, product.left = x, len(product.widths)
-            product.output = nn.functional.linear(x, product.weight, product.bias)
+            product.output = product.of(x)
         assert x is product.input, "siblings that get different inputs cannot be joined"
         assert product.output is not None
         mine = product.output[..., self.first : self.last]
