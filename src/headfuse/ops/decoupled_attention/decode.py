@@ -183,6 +183,7 @@ def _hopper(step: _Step, config: DecodeConfig) -> None:
         step.maps.num_key_heads,
         step.maps.num_value_heads,
         splits,
+        step.capacity,
         *step.query.stride()[:2],
         *step.out.stride()[:2],
         *step.key.stride()[:3],

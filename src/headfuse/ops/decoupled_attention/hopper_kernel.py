@@ -81,13 +81,37 @@ def ask_for_next_tile(
 
 
 @gluon.jit
+def prefetch_tile(index, row, first, keys, values, capacity, DIM: gl.constexpr, BLOCK: gl.constexpr):
+    """Ask for the `index`-th tile to be brought into the L2 cache: a hint, which may be about any tokens of the row."""
+    lines: gl.constexpr = max(1, DIM // 64)  # of 128 bytes
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [32 // lines, lines], [gl.num_warps(), 1], [1, 0])
+    num_keys, heads = keys[4], keys[4] + values[4]
+    head, at = index % heads, first + index // heads * BLOCK
+    is_key = head < num_keys
+    stride = gl.where(is_key, keys[3], values[3])
+    base = gl.where(
+        is_key,
+        keys[0] + row.to(gl.int64) * keys[1] + head.to(gl.int64) * keys[2],
+        values[0] + row.to(gl.int64) * values[1] + (head - num_keys).to(gl.int64) * values[2],
+    )
+    tokens = at + gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
+    tokens = gl.minimum(gl.maximum(tokens, 0), capacity - 1).to(gl.int64)
+    address = base + (tokens[:, None] * stride + 64 * gl.arange(0, lines, gl.SliceLayout(0, layout))[None, :])
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def wait_for_tile(STAGES: gl.constexpr):
     """The oldest tile under way has arrived, for the matrix unit too: Triton adds that fence itself from 3.7 on."""
     async_copy.wait_group(STAGES - 2)
     fence_async_shared()
 
 
-@gluon.jit(do_not_specialize=["window", "num_heads", "num_keys", "num_values", "splits", "table_row_stride"])
+@gluon.jit(
+    do_not_specialize=["window", "num_heads", "num_keys", "num_values", "splits", "capacity", "table_row_stride"]
+)
 def hopper_kernel(
     query,
     key,
@@ -108,6 +132,7 @@ def hopper_kernel(
     num_keys,
     num_values,
     splits,
+    capacity,
     query_row_stride,
     query_head_stride,
     out_row_stride,
@@ -134,23 +159,28 @@ def hopper_kernel(
     """
     split, row = gl.program_id(0), gl.program_id(1)
     dtype: gl.constexpr = query.dtype.element_ty
-    # Launched while what came before still runs: nothing is read or written until that has ended.
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1)
-    if DEPENDENT:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
     warps: gl.constexpr = gl.num_warps()
     copied: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PADDED_DIM, PADDED_DIM // 8], [warps, 1], [1, 0])
     scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, BLOCK, 16])
     summed: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, PADDED_DIM, 16])
     weighed: gl.constexpr = gl.DotOperandLayout(0, summed, 2)
-
     whole_pages: gl.constexpr = (PAGE > 0) and (PAGE % BLOCK == 0)
     granule: gl.constexpr = BLOCK if whole_pages else 16
-    start, first, last = stretch(lengths, starts, window, row, split, splits, granule, whole_pages)
     keys = (key, key_page_stride, key_head_stride, key_token_stride, num_keys)
     values = (value, value_page_stride, value_head_stride, value_token_stride, num_values)
+
+    # Launched while what came before still runs: until that has ended, nothing is written, and what is read only says
+    # which tiles will be wanted soon.
+    if PAGE == 0:
+        start, first, last = stretch(lengths, starts, window, row, split, splits, granule, whole_pages)
+        for index in gl.static_range(STAGES - 1):
+            prefetch_tile(index + num_keys * 0, row, first, keys, values, capacity, DIM, BLOCK)
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1)
+    if DEPENDENT:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+    start, first, last = stretch(lengths, starts, window, row, split, splits, granule, whole_pages)
     pages, visible = (block_table, table_row_stride), (row, start, last)
     blocks = gl.cdiv(gl.maximum(last - first, 0), BLOCK)
 

@@ -1,7 +1,9 @@
 """A linear layer for few rows, and how its weights are dealt to the multiprocessors."""
 
+# Triton adds launch options to a kernel's own arguments.
+# pyright: reportCallIssue=false
+
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -71,7 +73,7 @@ def skinny_product_op(x: Tensor, weight: Tensor) -> Tensor:
     """`x [m, D]` times `weight [n, D]` transposed, as sums `[s, m, n]` to be added up, in fp32 if there are several."""
     from headfuse.ops.skinny_product.hopper_kernel import skinny_product_kernel  # Gluon is not in every Triton
 
-    sums, cut = _room(x, weight), cut_for(*weight.shape, processors(x.device))
+    sums, cut = room_for(x, weight), cut_for(*weight.shape, processors(x.device))
     # Rows and addresses that are copied 16 bytes at once.
     x, weight = (each if each.data_ptr() % 16 == 0 else each.clone() for each in (x.contiguous(), weight))
     skinny_product_kernel[cut.programs,](
@@ -89,13 +91,18 @@ def skinny_product_op(x: Tensor, weight: Tensor) -> Tensor:
         BLOCK=BLOCK,
         STAGES=STAGES,
         num_warps=4,
-        launch_pdl=True,  # type: ignore[call-arg]
+        launch_pdl=True,
     )
     return sums
 
 
 @skinny_product_op.register_fake
-def _room(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+def _made(x: Tensor, weight: Tensor) -> Tensor:
+    return room_for(x, weight)
+
+
+def room_for(x: Tensor, weight: Tensor) -> Tensor:
+    """What the sums are written to."""
     cut = cut_for(*weight.shape, processors(x.device))
     dtype = x.dtype if cut.sums == 1 else torch.float32
     return x.new_empty(cut.sums, len(x), len(weight), dtype=dtype)
