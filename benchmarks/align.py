@@ -1,7 +1,7 @@
 """What alignment, regrouping, gates and a better start earn on the way to stock GQA: benchmarks/results/align.json.
 
     python benchmarks/align.py --model DIR --training train.npy --evaluation val.npz
-    python benchmarks/align.py merge A.json B.json
+    python benchmarks/align.py A.json B.json --out C.json        merge results
 
 Arms of arXiv 2412.20677 and ours, on plain text with the teacher's whole distribution; as in dha.py, all tokens count
 (the conversions read 65,536 of them) and the loss is measured on the first six blocks of every evaluation text.

@@ -222,7 +222,8 @@ def chosen(options: argparse.Namespace) -> Iterator[tuple[str, Arm]]:
 def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, work: Path, **settings: Any) -> dict[str, Any]:
     """By task: the share of right choices, or of answers that are generated exactly; and the mean over the tasks."""
     if (work / LISTED).exists():
-        return measure_exact_match(model, tokenizer, read_examples(work / LISTED), **settings)
+        found = measure_exact_match(model, tokenizer, read_examples(work / LISTED), **settings)
+        return {task: result | {"share": result["exact_match"]} for task, result in found.items()}
     files = [str(work / RANKED / f"{task}.jsonl") for task in TASKS]
     found = evaluate_tasks(model, tokenizer, files, **settings)
     for task, result in found.items():
@@ -247,7 +248,7 @@ def save(options: argparse.Namespace, rows: list[dict[str, Any]], seconds: float
 
 def show(row: dict[str, Any]) -> None:
     """One line a row."""
-    shares = {task: round(found.get("share", found.get("exact_match")), 3) for task, found in row["tasks"].items()}
+    shares = {task: round(found["share"], 3) for task, found in row["tasks"].items()}
     print(f"{row['method']:<48} {shares} nll {row['tasks']['average'].get('nll', math.nan):.4f}", flush=True)
 
 

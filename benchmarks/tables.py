@@ -41,7 +41,8 @@ def render(text: str) -> str:
         before, start, rest = text.partition(f"<!-- table {name} -->\n")
         if start:
             found = json.loads((RESULTS / results).read_text(encoding="utf-8"))
-            text = before + start + table(found["rows"]) + "\n" + rest[rest.index("<!-- end -->") :]
+            rows = found["rows"] if "rows" in found else found["cases"]
+            text = before + start + table(rows) + "\n" + rest[rest.index("<!-- end -->") :]
     return text
 
 
@@ -181,6 +182,38 @@ def decoding(rows: Sequence[Row]) -> str:
     )
 
 
+def peers(rows: Sequence[Row]) -> str:
+    """Microseconds of a decoding step's attention beside that of libraries, for the equal groups that they know."""
+    backends = {"triton": "ours", "cudnn": "cuDNN", "flash": "Flash", "flashinfer": "FlashInfer"}
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        heads = f"{row['key_heads']} + {row['value_heads']}"
+        if row["maps"] == "grouped":
+            found.setdefault((f"{row['batch']} x {row['context']}", heads), {})[row["backend"]] = row["microseconds"]
+    lines = []
+    for (size, heads), cells in found.items():
+        ours = cells["triton"]
+        others = [f"{cells[name]:.0f} ({cells[name] / ours:.2f}x)" for name in backends if name != "triton"]
+        lines.append([size, heads, f"{ours:.0f}", *others])
+    return markdown(["rows x tokens", "heads", *backends.values()], lines)
+
+
+def serving(rows: Sequence[Row]) -> str:
+    """What `headfuse bench` measured."""
+    lines = []
+    for row in rows:
+        lines.append([f"{row['batch']} x {row['context']}", row["model"]])
+        if not row["fits"]:
+            lines[-1] += ["does not fit", "", "", f"{row['cache_bytes'] / 1e9:.1f}", "", ""]
+            continue
+        attention = f"{row['attention_microseconds']:.0f} ({row['copy_fraction']:.0%})"
+        speed = [f"{row['first_token_seconds']:.2f}", f"{row['tokens_per_second']:,.0f}", attention]
+        lines[-1] += [*speed, *(f"{row[name] / 1e9:.1f}" for name in ("cache_bytes", "peak_bytes"))]
+        lines[-1].append(str(row["largest_batch"]))
+    names = ["rows x tokens", "model", "first token, s", "tokens/s", "attention, µs", "cache, GB", "peak, GB"]
+    return markdown([*names, "most rows"], lines)
+
+
 def caches(rows: Sequence[Row]) -> str:
     """The same for 6 + 10 heads by how the cache lies, and other shapes."""
     lines = []
@@ -217,7 +250,9 @@ def steps(rows: Sequence[Row]) -> str:
 
 def whole_rows(rows: Sequence[Row]) -> str:
     """Milliseconds of many queries a row, and the memory that it takes on the way, beside a gather for torch's."""
-    backends = {"triton": "ours", "gather+cudnn": "gather + cuDNN", "gather+flash": "gather + flash"}
+    backends = {"triton": "ours", "gather+cudnn": "gather + cuDNN", "gather+flash": "gather + Flash"}
+    if any(row["backend"] == "select+cudnn" for row in rows):
+        backends["select+cudnn"] = "selection + cuDNN"
     found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         heads = f"{row['query_heads']} on {row['key_heads']} + {row['value_heads']} of {row['head_dim']}"
@@ -254,6 +289,8 @@ TABLES = {
     "speed": ("dha.json", speed),
     "arms": ("align.json", arms),
     "decoding": ("decode_attention.json", decoding),
+    "peers": ("decode_peers.json", peers),
+    "serving": ("serving.json", serving),
     "caches": ("decode_attention.json", caches),
     "steps": ("decode_step.json", steps),
     "prompts": ("prefill_attention.json", whole_rows),

@@ -171,7 +171,7 @@ def hopper_kernel(
 
     # Launched while what came before still runs: until that has ended, nothing is written, and what is read only says
     # which tiles will be wanted soon.
-    if PAGE == 0:
+    if PAGE == 0 and BLOCK >= 64:  # a small tile is there before its address would be known
         start, first, last = stretch(lengths, starts, window, row, split, splits, granule, whole_pages)
         for index in gl.static_range(STAGES - 1):
             prefetch_tile(index + num_keys * 0, row, first, keys, values, capacity, DIM, BLOCK)
