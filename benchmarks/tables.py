@@ -5,6 +5,7 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,9 @@ def _way(row: Row) -> str:
     return way + f" of {steps} steps" * (steps != REFIT_STEPS)
 
 
-def tokens(rows: Sequence[Row]) -> str:
-    """Delta CE at 25% by way and by tokens looked at, all stages together; mean and spread over seeds."""
-    chosen = [row for row in rows if row["table"] == "main" and row["kv"] == "25%"]
+def tokens(rows: Sequence[Row], kv: str = "25%") -> str:
+    """Delta CE at a cut by way and by tokens looked at, all stages together; mean and spread over seeds."""
+    chosen = [row for row in rows if row["table"] == "main" and row["kv"] == kv]
     budgets = sorted({(row["tokens"], row["budget"]) for row in chosen})
     found: dict[str, dict[str, list[float]]] = {}
     for row in chosen:
@@ -112,20 +113,6 @@ def tokens(rows: Sequence[Row]) -> str:
     return markdown(
         ["tokens", *("conversion alone" if name == "0" else name for _, name in budgets)],
         [[way, *(_mean(cells.get(name, [])) for _, name in budgets)] for way, cells in found.items()],
-    )
-
-
-def trained(rows: Sequence[Row]) -> str:
-    """Delta CE before and after a million tokens by way and cache, seed 0."""
-    chosen = [row for row in rows if row["table"] == "main" and row["seed"] == 0 and row["budget"] in ("0", "1.03M")]
-    columns = [(kv, budget) for kv in ("50%", "25%", "12.5%") for budget in ("0", "1.03M")]
-    found: dict[str, dict[tuple[str, str], str]] = {}
-    for row in chosen:
-        found.setdefault(_trained_way(row), {})[row["kv"], row["budget"]] = f"{row['delta_ce']:+.3f}"
-    ways = {way: cells for way, cells in found.items() if len(cells) > 1}
-    return markdown(
-        ["cache left, tokens", *(f"{kv}, {budget}" for kv, budget in columns)],
-        [[way, *(cells.get(column, "") for column in columns)] for way, cells in ways.items()],
     )
 
 
@@ -284,7 +271,8 @@ TABLES = {
     "smollm2": ("training_free.json", smollm2),
     "demo": ("demo.json", demo),
     "tokens": ("dha.json", tokens),
-    "trained": ("dha.json", trained),
+    "tokens at 50%": ("dha.json", partial(tokens, kv="50%")),
+    "tokens at 12.5%": ("dha.json", partial(tokens, kv="12.5%")),
     "ablation": ("dha.json", ablation),
     "speed": ("dha.json", speed),
     "arms": ("align.json", arms),

@@ -145,6 +145,15 @@ def test_a_run_that_was_stopped_and_resumed_is_the_uninterrupted_one(tmp_path, u
     assert checkpoints(tmp_path / "run") == [f"step-{STEPS:08d}"]
 
 
+def test_a_deterministic_run_has_the_same_losses_and_leaves_torch_as_it_was():
+    told = []
+    trained = trained_of(pico("llama"), before_step=lambda _: told.append(torch.are_deterministic_algorithms_enabled()))
+    report = run(trained, short(deterministic=True))
+    assert told == [True] * STEPS
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert curve(report) == curve(run(trained_of(pico("llama")), short()))
+
+
 def test_a_run_leaves_the_same_model_with_a_folder_and_without(tmp_path):
     kept, plain = pico("llama"), pico("llama")
     wanted = run(trained_of(plain))

@@ -76,6 +76,7 @@ LmWeight = Annotated[float, typer.Option(help="Share of next-token loss; the res
 Repeat = Annotated[bool, typer.Option(help="Go over the training text again if it is short.")]
 Compiled = Annotated[bool, typer.Option("--compile", help="Compile the blocks (torch.compile).")]
 Captured = Annotated[bool, typer.Option("--capture", help="Replay a step as one CUDA graph: for small models.")]
+Deterministic = Annotated[bool, typer.Option("--deterministic", help="The same bits in every run on a GPU, slower.")]
 Recompute = Annotated[bool, typer.Option(help="Recompute activations in the backward pass to save memory.")]
 SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)]
 TensorBoard = Annotated[Path | None, typer.Option(help="Write TensorBoard events into this folder.")]

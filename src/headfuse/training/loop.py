@@ -1,7 +1,8 @@
 """The training loop: it knows models, batches and an objective, not heads.
 
 One loop for a CPU, a GPU and many (FSDP2 under torchrun). Batches depend on the step alone and dropout stays off,
-so a run that was killed and resumed repeats the uninterrupted one bit for bit on one device.
+so a run that was killed and resumed repeats the uninterrupted one bit for bit on one device (on a GPU if it is
+`deterministic`).
 """
 
 import math
@@ -21,7 +22,7 @@ from headfuse.errors import ConfigError, TrainingError
 from headfuse.models.compiled import calling, compiled_calls
 from headfuse.precision import precision_context
 from headfuse.progress import Stages, silent
-from headfuse.training.attention import fastest_attention
+from headfuse.training.arithmetic import arithmetic
 from headfuse.training.batches import Batches
 from headfuse.training.capture import gradients_function
 from headfuse.training.metrics import MetricsLog, flops_per_token, peak_flops
@@ -197,7 +198,7 @@ def _forget_gradients(parameters: Sequence[nn.Parameter]) -> None:
 def _prepared(trained: Trained, options: TrainingOptions, here: Processes) -> Iterator[nn.Module]:
     """Within the context, model and objective as the module to train: dropout off, blocks made as the options say.
 
-    Compiling, recomputing and the choice of attention are undone on leaving; sharding is not.
+    Compiling, recomputing and the choice of algorithms are undone on leaving; sharding is not.
     """
     trained.model.eval()
     module = _Step(trained.model, trained.objective)
@@ -210,7 +211,7 @@ def _prepared(trained: Trained, options: TrainingOptions, here: Processes) -> It
                 block.forward = partial(again, block.forward)
                 undo.callback(vars(block).pop, "forward")
         undo.enter_context(calling(compiled, compiled_calls(compiled)))
-        undo.enter_context(fastest_attention(here.device))
+        undo.enter_context(arithmetic(here.device, deterministic=options.deterministic))
         shard(module, trained.blocks, here)
         yield module
 

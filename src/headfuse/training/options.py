@@ -21,6 +21,7 @@ class TrainingOptions:
     always follow AdamW. `micro_rows` rows are in memory at once on each device (None: all of them). `save_every`
     steps a checkpoint is written, if there is a run folder; 0 writes none. `compiled` compiles the blocks and the loss;
     `captured` replays a step as one CUDA graph, which small models gain most from (one process on a GPU).
+    `deterministic` computes the same bits in every run on a GPU too, for some of the speed.
     """
 
     tokens: int = 1_000_000
@@ -37,6 +38,7 @@ class TrainingOptions:
     repeat: bool = False
     compiled: bool = False
     captured: bool = False
+    deterministic: bool = False
     checkpoint_activations: bool = False
     save_every: int = 200
     seed: int = 0
