@@ -35,6 +35,7 @@ report(hopper_kernel, kinds, constants, config.warps, ["table_row_stride"], prog
         (8, 32, 0, False, 10),
         (128, 128, 24, False, 1000),
         (64, 256, 0, False, 1000),
+        (16, 192, 0, False, 1000),
     ],
     ids=str,
 )

@@ -83,7 +83,7 @@ def ask_for_next_tile(
 @gluon.jit
 def prefetch_tile(index, row, first, keys, values, capacity, DIM: gl.constexpr, BLOCK: gl.constexpr):
     """Ask for the `index`-th tile to be brought into the L2 cache: a hint, which may be about any tokens of the row."""
-    lines: gl.constexpr = max(1, DIM // 64)  # of 128 bytes
+    lines: gl.constexpr = 4 if DIM >= 256 else 2 if DIM >= 128 else 1  # of 128 bytes; a power of 2, none past the end
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [32 // lines, lines], [gl.num_warps(), 1], [1, 0])
     num_keys, heads = keys[4], keys[4] + values[4]
     head, at = index % heads, first + index // heads * BLOCK
