@@ -21,6 +21,8 @@ RESULTS = Path(__file__).parent / "results"
 BUDGETS = ["0", "41k", "206k", "1.03M", "4M", "16M"]
 TABLE_SIZES = ((1, 131072), (8, 8192), (64, 2048), (1, 16384))
 REFIT_STEPS = RefitOptions().steps
+# Of rows that name none, and of those before each layer chose its own.
+FIRST_RATE = 0.05
 
 Row = dict[str, Any]
 
@@ -99,8 +101,9 @@ def demo(rows: Sequence[Row]) -> str:
 def _way(row: Row) -> str:
     way = f"{row['method']}{', norm restored' if row.get('restore_norm') else ''} -> {row['target']}"
     way += ", adaptive budget" * (row["budget"] == "adaptive") + ", **refit**" * row["refit"]
-    steps = row.get("refit_options", {}).get("steps", REFIT_STEPS)
-    return way + f" of {steps} steps" * (steps != REFIT_STEPS)
+    chosen = row.get("refit_options", {})
+    steps, rate = chosen.get("steps", REFIT_STEPS), chosen.get("rate", FIRST_RATE)
+    return way + f" of {steps} steps" * (steps != REFIT_STEPS) + f" at a rate of {rate:g}" * (rate != FIRST_RATE)
 
 
 def tokens(rows: Sequence[Row], kv: str = "25%") -> str:

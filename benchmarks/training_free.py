@@ -77,11 +77,12 @@ def main() -> None:
 
 
 def refitted(settings: Settings, changes: str) -> Settings:
-    """Settings whose refit, if there is one, has other options: 'steps=480,rows=8'."""
+    """Settings whose refit, if there is one, has other options: 'steps=480,rates=0.05/0.02'."""
     if settings.refit is None or not changes:
         return settings
     pairs = dict(part.split("=") for part in changes.split(","))
-    values = {name: type(getattr(settings.refit, name))(value) for name, value in pairs.items()}
+    rates = {"rates": tuple(map(float, pairs.pop("rates").split("/")))} if "rates" in pairs else {}
+    values = rates | {name: type(getattr(settings.refit, name))(value) for name, value in pairs.items()}
     return replace(settings, refit=replace(settings.refit, **values))
 
 

@@ -279,12 +279,12 @@ def _refit(
 ) -> tuple[list[AttentionHeads], list[RefitReport]]:
     """Refit every layer that shares heads, one at a time, on the original model's inputs."""
     fitted, reports = list(heads), []
-    with stages("refit", options.steps * len(heads), "steps") as advance:
+    with stages("refit", options.all_steps * len(heads), "steps") as advance:
         for inputs in stream_layers(loaded.model, loaded.layers, rows, precision=settings.precision):
             index = inputs.layer
             new, source = heads[index], loaded.heads[index]
             if new.counts == source.counts:
-                advance(options.steps)
+                advance(options.all_steps)
                 continue
             fitted[index], report = refit(
                 source,

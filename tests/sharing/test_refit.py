@@ -57,7 +57,7 @@ def test_the_error_on_unseen_rows_falls_and_is_reported_as_it_is(how):
     assert (fitted.key_map, fitted.value_map) == (converted.key_map, converted.value_map)
 
 
-@pytest.mark.parametrize("options", [replace(QUICK, rate=30.0), replace(QUICK, rate=float("nan"))])
+@pytest.mark.parametrize("options", [replace(QUICK, rates=(30.0,)), replace(QUICK, rates=(float("nan"),))])
 def test_a_refit_that_does_harm_is_refused(options):
     original, converted, inputs = layer()
     fitted, report = refit(original, converted, inputs, options)
@@ -176,8 +176,18 @@ def test_bf16_autocast_fits_too():
     assert report.after < report.before
 
 
-def test_progress_counts_steps():
+def test_the_rate_that_does_best_in_a_trial_is_taken():
     original, converted, inputs = layer()
-    steps = []
-    refit(original, converted, inputs, QUICK, advance=steps.append)
-    assert sum(steps) == QUICK.steps
+    fitted, report = refit(original, converted, inputs, replace(QUICK, rates=(30.0, 0.05)))
+    alone, _ = refit(original, converted, inputs, replace(QUICK, rates=(0.05,)))
+    assert report.rate == 0.05
+    assert torch.equal(fitted.k, alone.k)
+
+
+@pytest.mark.parametrize(("rates", "times"), [((0.05,), 1), ((0.05, 0.02), 2)])
+def test_progress_counts_the_steps_of_trials_too(rates, times):
+    original, converted, inputs = layer()
+    told = []
+    options = replace(QUICK, rates=rates, trial=0.5)
+    refit(original, converted, inputs, options, advance=told.append)
+    assert sum(told) == options.all_steps == QUICK.steps * times

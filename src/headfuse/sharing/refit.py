@@ -8,6 +8,9 @@ the text is reshuffled in segments every pass. The last works because the origin
 function: any sequence of token states has an exact target, so new contexts cost one forward pass of one layer.
 Most steps take short rows, which are cheap; without a long one now and then, attention over greater distances
 than theirs would drift while nothing measures it.
+
+How far a layer has to go is not known beforehand: steps that a deep cut needs undo what a mild one had kept (LOG.md).
+So short fits try several rates first, and the one that leaves the least error on the rows kept out is taken.
 """
 
 import math
@@ -29,16 +32,17 @@ from headfuse.training.capture import gradients_function
 # One row in sixteen is kept out of the fit, to measure it and to refuse it where it does harm.
 HELD_OUT_SHARE = 16
 EVALUATION_ROWS = 8
-BIAS_RATE = 0.02  # Adam's rate for biases and gains, relative to `rate`
+BIAS_RATE = 0.02  # Adam's rate for biases and gains, relative to theirs
 
 
 @dataclass(frozen=True)
 class RefitOptions:
     """Steps of `rows x length` tokens with a rate decaying linearly to 0.
 
-    `rate` is the size of a step relative to the norm of the matrix it changes. `segment` tokens stay together when
-    the text is reshuffled. Every `whole`th step takes its tokens in rows as long as the text's own, so that
-    distances beyond `length` are fitted too; 0 never does.
+    A rate is the size of a step relative to the norm of the matrix it changes; of several `rates` each layer takes the
+    one that does best in a `trial` of so large a share of the steps. `segment` tokens stay together when the text is
+    reshuffled. Every `whole`th step takes its tokens in rows as long as the text's own, so that distances beyond
+    `length` are fitted too; 0 never does.
     """
 
     steps: int = 240
@@ -46,17 +50,29 @@ class RefitOptions:
     length: int = 256
     segment: int = 64
     whole: int = 4
-    rate: float = 0.05
+    rates: tuple[float, ...] = (0.05, 0.02, 0.01)
+    trial: float = 0.25
     ridge: float = 1e-3
+
+    @property
+    def trial_steps(self) -> int:
+        """Steps of each trial."""
+        return max(1, round(self.trial * self.steps))
+
+    @property
+    def all_steps(self) -> int:
+        """Steps of a layer, those of the trials among them."""
+        return self.steps + (self.trial_steps * len(self.rates) if len(self.rates) > 1 else 0)
 
 
 @dataclass(frozen=True)
 class RefitReport:
-    """Relative squared error of a layer's attention output on text kept out of the fit, before and after."""
+    """Relative squared error of a layer's attention output on text kept out of the fit, before and after; the rate."""
 
     layer: int
     before: float
     after: float
+    rate: float | None = None
 
 
 def refit(
@@ -81,13 +97,22 @@ def refit(
         fit.solve_output()
         if not fit.error(fit.held_out) < before:  # too little text for that many features
             student.o_proj.weight.copy_(output)
-    generator = torch.Generator().manual_seed(seed + inputs.layer)
-    fit.descend(generator, advance)
-    with torch.no_grad():
-        after = fit.error(fit.held_out)
-    if not after < before:  # also catches NaN
+    start = {name: value.clone() for name, value in student.state_dict().items()}
+
+    def error_after(steps: int, rate: float) -> float:
+        student.load_state_dict(start)
+        fit.descend(steps, rate, torch.Generator().manual_seed(seed + inputs.layer), advance)
+        with torch.no_grad():
+            found = fit.error(fit.held_out)
+        return math.inf if math.isnan(found) else found
+
+    rate = options.rates[0]
+    if len(options.rates) > 1:
+        rate = min(options.rates, key=lambda each: error_after(options.trial_steps, each))
+    after = error_after(options.steps, rate)
+    if not after < before:
         return converted, RefitReport(inputs.layer, before, before)
-    return heads_of(student, converted.to(torch.float32)), RefitReport(inputs.layer, before, after)
+    return heads_of(student, converted.to(torch.float32)), RefitReport(inputs.layer, before, after, rate)
 
 
 class _Fit:
@@ -151,20 +176,19 @@ class _Fit:
         gram.diagonal().add_(ridge)
         layer.weight.copy_(torch.linalg.solve(gram, cross + ridge * layer.weight.double().mT).mT)
 
-    def descend(self, generator: torch.Generator, advance: Advance) -> None:
+    def descend(self, steps: int, rate: float, generator: torch.Generator, advance: Advance) -> None:
         """Orthogonalised descent over all matrices at once, on freshly shuffled segments."""
-        options = self.options
-        optimizers = _optimizers(self.student, options.rate)
+        optimizers = _optimizers(self.student, rate)
         for module in (self.teacher, self.student):
             module.place_maps()
         # A layer's kernels are so short that launching them would take most of the time.
         captured = self.hidden.device.type == "cuda"
         gradients = gradients_function(self._gradients, list(self.student.parameters()), captured=captured)
-        for step, (hidden, weight) in enumerate(self._shuffled(generator)):
+        for step, (hidden, weight) in enumerate(self._shuffled(steps, generator)):
             gradients(hidden, weight)
             for optimizer, rates in optimizers:
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * (1 - step / options.steps)
+                for group, first in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = first * (1 - step / steps)
                 optimizer.step()
             advance(1)
         self.student.requires_grad_(False)
@@ -183,7 +207,7 @@ class _Fit:
             chosen = slice(start, min(start + EVALUATION_ROWS, rows.stop))
             yield self.hidden[chosen], self.weight[chosen]
 
-    def _shuffled(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    def _shuffled(self, steps: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """A batch `[rows, length, D]` for every step: segments from anywhere in the text, in a new order every pass."""
         options, longest = self.options, self.hidden.shape[1]
         length, segment = min(options.length, longest), min(options.segment, longest)
@@ -194,7 +218,7 @@ class _Fit:
         )
         short, long = (max(1, n // segment) for n in (length, min(longest, tokens)))
         left = torch.empty(0, dtype=torch.int64)
-        for step in range(1, options.steps + 1):
+        for step in range(1, steps + 1):
             per_row = long if options.whole and step % options.whole == 0 else short
             rows = min(max(1, tokens // (per_row * segment)), len(hidden) // per_row)
             if len(left) < rows * per_row:
