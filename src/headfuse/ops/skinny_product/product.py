@@ -4,6 +4,7 @@
 # pyright: reportCallIssue=false
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -28,6 +29,7 @@ class Cut:
     sums: int
 
 
+@lru_cache
 def cut_for(channels: int, inputs: int, processors: int) -> Cut:
     """Equal stretches of chunks for each multiprocessor, or whole tiles where those are about equal too."""
     tiles, depth = -(-channels // TILE), -(-inputs // BLOCK)
