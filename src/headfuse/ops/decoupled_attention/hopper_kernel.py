@@ -19,11 +19,10 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
 from headfuse.ops.decoupled_attention import kernel_scores
+from headfuse.ops.gluon import copy_to_shared, let_successor_begin, wait_for_predecessor
 
 capped, stretch = gluon.jit(kernel_scores.capped.fn), gluon.jit(kernel_scores.stretch.fn)
 LN2 = kernel_scores.LN2
-# Triton 3.9 has a new name for it.
-copy_to_shared = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -175,11 +174,9 @@ def hopper_kernel(
         start, first, last = stretch(lengths, starts, window, row, split, splits, granule, whole_pages)
         for index in gl.static_range(STAGES - 1):
             prefetch_tile(index + num_keys * 0, row, first, keys, values, capacity, DIM, BLOCK)
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1)
+    wait_for_predecessor()
     if DEPENDENT:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
+        let_successor_begin()
     start, first, last = stretch(lengths, starts, window, row, split, splits, granule, whole_pages)
     pages, visible = (block_table, table_row_stride), (row, start, last)
     blocks = gl.cdiv(gl.maximum(last - first, 0), BLOCK)

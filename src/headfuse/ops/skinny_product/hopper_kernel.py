@@ -17,8 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
-# Triton 3.9 has a new name for it.
-copy_to_shared = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+from headfuse.ops.gluon import copy_to_shared, let_successor_begin, wait_for_predecessor
 
 
 @gluon.jit
@@ -91,10 +90,8 @@ def skinny_product_kernel(
         copy_to_shared(weights.index(slot), source, mask=kept)
         async_copy.commit_group()
     # Launched while what came before still runs: its results are not read until it has ended.
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1)
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+    wait_for_predecessor()
+    let_successor_begin()
     for slot in gl.static_range(STAGES - 1):
         chunk = first + slot
         source, kept = chunk_of(
