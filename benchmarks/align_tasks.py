@@ -189,7 +189,8 @@ def run_arms(options: argparse.Namespace) -> None:
         options.text, tokenizer, num_tokens=CALIBRATION, length=min(CALIBRATION_LENGTH, options.length), seed=SEED
     )
     started, rows = time.monotonic(), []
-    for name, judged_model in (("base", model), ("teacher", guide)):
+    references = () if options.only_students else (("base", model), ("teacher", guide))
+    for name, judged_model in references:
         rows.append({"method": name, "tokens": 0, "tasks": judged(judged_model)})
         show(rows[-1])
     for name, arm in chosen(options):
@@ -233,17 +234,31 @@ def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, work: Path
 
 
 def save(options: argparse.Namespace, rows: list[dict[str, Any]], seconds: float) -> None:
-    """Write the rows so far, with the share of the gap between mean-pool and teacher that each closes."""
-    for name, gap in (("share", "gap_closed"), ("nll", "nll_gap_closed")):
-        reached = {row["method"]: row["tasks"]["average"].get(name, math.nan) for row in rows}
-        low, high = reached.get("mean-pool", math.nan), reached["teacher"]
-        for row in rows:
-            closed = (reached[row["method"]] - low) / (high - low) if high != low else math.nan
-            row[gap] = None if math.isnan(closed) else closed
+    """Write the rows so far, and how they came about."""
     command = ["arms", "--tokens", str(options.tokens), "--step", str(options.step), "--limit", str(options.limit)]
+    command += ["--rate", str(options.rate)] if options.rate else []
     command += ["--ways", f"'{options.ways}'"] if options.ways else []
     meta = provenance("align_tasks.py", command, options.commit, seconds)
-    write(Path(options.out), {"meta": {"runs": [meta]}, "rows": rows})
+    write(Path(options.out), {"meta": {"runs": [meta]}, "rows": with_gaps(rows)})
+
+
+def with_gaps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Base and teacher once, then the students, each with the share of the gap that it closes.
+
+    The gap is between the best mean-pool row and the teacher, by right choices and by the likelihood of the right
+    choice; None where there is none.
+    """
+    references = {row["method"]: row for row in rows if row["tokens"] == 0}
+    found = [*references.values(), *(row for row in rows if row["tokens"])]
+    for name, gap, best in (("share", "gap_closed", max), ("nll", "nll_gap_closed", min)):
+        reached = [row["tasks"]["average"].get(name, math.nan) for row in found]
+        pooled = [value for row, value in zip(found, reached, strict=True) if row["method"] == "mean-pool"]
+        low, taught = best(pooled, default=math.nan), references.get("teacher")
+        high = taught["tasks"]["average"].get(name, math.nan) if taught else math.nan
+        for row, value in zip(found, reached, strict=True):
+            closed = (value - low) / (high - low) if high != low else math.nan
+            row[gap] = None if math.isnan(closed) else closed
+    return found
 
 
 def show(row: dict[str, Any]) -> None:
@@ -260,6 +275,8 @@ def main() -> None:
     options = parse()
     if options.step_name == "merge":
         merge([Path(path) for path in options.files], Path(options.out))
+        found = json.loads(Path(options.out).read_text(encoding="utf-8"))
+        write(Path(options.out), found | {"rows": with_gaps(found["rows"])})
         return
     torch.set_float32_matmul_precision("high")
     STEPS[options.step_name](options)
@@ -282,6 +299,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--rate", type=float)
     parser.add_argument("--ways", default="", help="arms of align.py, by commas")
+    parser.add_argument("--only-students", action="store_true", help="base and teacher are judged in another run")
     parser.add_argument("--limit", type=int, help="questions of each task")
     parser.add_argument("--batch-tokens", type=int, default=131_072)
     parser.add_argument("--eager", action="store_true", help="do not capture steps as CUDA graphs")
