@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from headfuse.ops.hopper import on_hopper
-from headfuse.ops.skinny_product.product import BLOCK, STAGES, TILE, cut_for, few_rows, skinny_linear, suits
+from headfuse.ops.skinny_product.product import (
+    BLOCK,
+    MOST_ROWS,
+    STAGES,
+    TILE,
+    cut_for,
+    few_rows,
+    skinny_linear,
+    skinny_product_op,
+    suits,
+)
 
 HOPPER_PROCESSORS = 132
 needs_hopper = pytest.mark.skipif(
@@ -67,6 +77,12 @@ def test_what_does_not_suit():
     assert few_rows(wide[:16])
 
 
+def test_more_rows_are_refused():
+    x = torch.zeros(MOST_ROWS + 1, 32)
+    with pytest.raises(ValueError, match="wanted at most 16 rows, got 17"):
+        skinny_product_op(x, x)
+
+
 @needs_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 5, 8, 9, 16])
@@ -90,7 +106,5 @@ def test_it_is_right(channels, inputs, rows, dtype):
 
 @needs_hopper
 def test_a_compiler_knows_its_shape():
-    from headfuse.ops.skinny_product.product import skinny_product_op
-
     x, weight = (torch.randn(n, 2048, device="cuda", dtype=torch.bfloat16) for n in (4, 1024))
     torch.library.opcheck(skinny_product_op, (x, weight), test_utils=("test_schema", "test_faketensor"))

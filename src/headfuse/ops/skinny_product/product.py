@@ -72,7 +72,12 @@ def skinny_linear(
 
 @torch.library.custom_op("headfuse::skinny_product", mutates_args=())
 def skinny_product_op(x: Tensor, weight: Tensor) -> Tensor:
-    """`x [m, D]` times `weight [n, D]` transposed, as sums `[s, m, n]` to be added up, in fp32 if there are several."""
+    """`x [m, D]` times `weight [n, D]` transposed, as sums `[s, m, n]` to be added up, in fp32 if there are several.
+
+    Raises ValueError for more than `MOST_ROWS` rows.
+    """
+    if len(x) > MOST_ROWS:
+        raise ValueError(f"wanted at most {MOST_ROWS} rows, got {len(x)}; multiply by torch.nn.functional.linear")
     from headfuse.ops.skinny_product.hopper_kernel import skinny_product_kernel  # Gluon is not in every Triton
 
     sums, cut = room_for(x, weight), cut_for(*weight.shape, processors(x.device))
