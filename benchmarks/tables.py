@@ -153,6 +153,26 @@ def arms(rows: Sequence[Row]) -> str:
     )
 
 
+def tasks(rows: Sequence[Row]) -> str:
+    """Eight tasks after 9 -> 3 heads: of each start the rate with the most right answers."""
+    best: dict[tuple[str, int, str], Row] = {}
+    for row in rows:
+        key = (row["heads"], row["tokens"], row["method"])
+        if key not in best or _share(row) > _share(best[key]):
+            best[key] = row
+    lines = []
+    for (heads, count, way), row in sorted(best.items(), key=lambda item: (item[0][:2], -_share(item[1]))):
+        trained = f"{count / 1e6:g}M" if count else ""
+        closed = "" if row.get("gap_closed") is None else f"{row['gap_closed']:.0%}"
+        likelihood = f"{row['tasks']['average']['nll']:.2f}"
+        lines.append([heads, trained, way, f"{_share(row):.1%}", likelihood, closed])
+    return markdown(["heads", "tokens", "start", "right", "nats an answer", "of the gap"], lines)
+
+
+def _share(row: Row) -> float:
+    return row["tasks"]["average"]["share"]
+
+
 def decoding(rows: Sequence[Row]) -> str:
     """Microseconds of a decoding step's attention and share of the copy rate, beside torch's by equal bytes."""
     columns = [("triton", counts) for counts in ("8 + 8", "6 + 10", "2 + 14")]
@@ -279,6 +299,7 @@ TABLES = {
     "ablation": ("dha.json", ablation),
     "speed": ("dha.json", speed),
     "arms": ("align.json", arms),
+    "tasks": ("align_tasks.json", tasks),
     "decoding": ("decode_attention.json", decoding),
     "peers": ("decode_peers.json", peers),
     "serving": ("serving.json", serving),

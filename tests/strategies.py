@@ -13,7 +13,6 @@ from torch import Tensor
 
 from headfuse.checkpoints.heads import AttentionHeads, AttentionTraits, QkNorm
 from headfuse.planning.grouping import Group, HeadGroups
-from headfuse.sharing.procrustes import Rotations
 from headfuse.statistics.moments import HeadMoments, LayerStatistics, head_moments
 
 
@@ -183,23 +182,6 @@ def _normed(rows: Tensor, gain: Tensor | None, traits: AttentionTraits) -> Tenso
     over = (-1,) if traits.qk_norm == "head" else (0, -1)
     scaled = rows * (rows.pow(2).mean(over, keepdim=True) + traits.norm_eps).rsqrt()
     return scaled * (gain if gain.dim() == 1 else gain.unsqueeze(1)).double()
-
-
-def random_rotations(heads: AttentionHeads, generator: torch.Generator) -> Rotations:
-    """Any admissible rotation for every head."""
-    half = heads.traits.rotary_dim // 2
-    rest = heads.head_dim - 2 * half
-
-    def orthogonal(count: int, width: int) -> Tensor:
-        square = torch.randn(count, width, width, generator=generator, dtype=torch.float64)
-        return torch.linalg.qr(square)[0] if width else square
-
-    angles = torch.rand(heads.num_key_heads, half, generator=generator, dtype=torch.float64) * 2 * torch.pi
-    return Rotations(
-        values=orthogonal(heads.num_value_heads, heads.head_dim),
-        key_planes=torch.polar(torch.ones_like(angles), angles),
-        key_rest=orthogonal(heads.num_key_heads, rest),
-    )
 
 
 def with_copies(heads: AttentionHeads, groups: HeadGroups) -> AttentionHeads:

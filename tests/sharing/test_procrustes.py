@@ -28,7 +28,6 @@ from strategies import (
     project,
     random_heads,
     random_input,
-    random_rotations,
     rope,
     seeded,
     with_copies,
@@ -108,7 +107,7 @@ def key_matrices(rotations: Rotations) -> torch.Tensor:
 
 @given(head_cases(), SEEDS)
 def test_folding_rotations_keeps_the_attention_output(case, seed):
-    rotations = random_rotations(case.heads, seeded(seed))
+    rotations = Rotations.random(case.heads, seeded(seed))
     turned = align(case.heads, rotations)
     assert not torch.allclose(turned.v, case.heads.v)
     torch.testing.assert_close(
@@ -118,7 +117,7 @@ def test_folding_rotations_keeps_the_attention_output(case, seed):
 
 @given(head_cases(), SEEDS)
 def test_rotated_moments_are_the_moments_of_rotated_heads(case, seed):
-    rotations = random_rotations(case.heads, seeded(seed))
+    rotations = Rotations.random(case.heads, seeded(seed))
     expected = head_moments(align(case.heads, rotations), case.statistics)
     for name, tensor in vars(aligned_moments(case.moments, rotations)).items():
         torch.testing.assert_close(tensor, getattr(expected, name), msg=lambda text, name=name: f"{name}: {text}")
@@ -128,7 +127,7 @@ def test_rotated_moments_are_the_moments_of_rotated_heads(case, seed):
 def test_key_rotations_commute_with_rope(case, seed):
     rotary_dim = case.heads.traits.rotary_dim
     key = project(case.heads.k, case.heads.k_bias, case.x)
-    matrices = key_matrices(random_rotations(case.heads, seeded(seed)))
+    matrices = key_matrices(Rotations.random(case.heads, seeded(seed)))
     torch.testing.assert_close(rope(key @ matrices, rotary_dim), rope(key, rotary_dim) @ matrices)
 
 
@@ -188,7 +187,7 @@ def test_rotations_are_orthogonal_and_single_heads_keep_the_identity(drawn, crit
 def test_merging_rotated_copies_is_lossless(drawn, seed, criterion, restore_norm):
     case, groups = drawn
     copies = with_copies(case.heads, groups)
-    turned = HeadCase(align(copies, random_rotations(copies, seeded(seed))), case.x)
+    turned = HeadCase(align(copies, Rotations.random(copies, seeded(seed))), case.x)
     merged = procrustes(turned.heads, turned.moments, grams_of(turned, criterion), groups, restore_norm=restore_norm)
     assert (merged.num_key_heads, merged.num_value_heads) == (len(groups.keys), len(groups.values))
     torch.testing.assert_close(attention_output(merged, case.x), attention_output(copies, case.x), rtol=1e-7, atol=1e-7)
@@ -197,7 +196,7 @@ def test_merging_rotated_copies_is_lossless(drawn, seed, criterion, restore_norm
 @given(head_cases(), SEEDS)
 def test_rotated_copies_are_as_similar_as_can_be(case, seed):
     copies = with_copies(case.heads, together(case))
-    turned = HeadCase(align(copies, random_rotations(copies, seeded(seed))), case.x)
+    turned = HeadCase(align(copies, Rotations.random(copies, seeded(seed))), case.x)
     for item, count in (("key", case.heads.num_key_heads), ("value", case.heads.num_value_heads)):
         cosine = similarity(grams_of(turned, "cos"), item)
         torch.testing.assert_close(cosine, 1 - torch.eye(count, dtype=torch.float64))
@@ -207,7 +206,7 @@ def test_rotated_copies_are_as_similar_as_can_be(case, seed):
 
 @given(head_cases(), SEEDS, CRITERIA)
 def test_similarity_does_not_see_rotations(case, seed, criterion):
-    turned = HeadCase(align(case.heads, random_rotations(case.heads, seeded(seed))), case.x)
+    turned = HeadCase(align(case.heads, Rotations.random(case.heads, seeded(seed))), case.x)
     for item in ("key", "value"):
         scores = [similarity(grams_of(c, criterion), item) for c in (case, turned)]
         assert torch.equal(scores[0], scores[0].mT)
@@ -268,7 +267,7 @@ def test_keys_behind_a_norm_are_pooled_without_rotation(drawn):
     assert torch.equal(merged.k, plain.k)
     assert torch.equal(merged.q, case.heads.q)
     assert torch.equal(merged.k_norm, plain.k_norm)
-    turned = align(case.heads, random_rotations(case.heads, seeded(0)))
+    turned = align(case.heads, Rotations.random(case.heads, seeded(0)))
     torch.testing.assert_close(attention_output(turned, case.x), attention_output(case.heads, case.x))
 
 

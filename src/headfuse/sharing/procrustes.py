@@ -43,6 +43,23 @@ class Rotations:
     key_planes: Complex[Tensor, "K F"]
     key_rest: Float[Tensor, "K r r"]
 
+    @classmethod
+    def random(cls, heads: AttentionHeads, generator: torch.Generator) -> "Rotations":
+        """Any admissible rotation for every head, in fp64."""
+        half = heads.traits.rotary_dim // 2
+        rest = heads.head_dim - 2 * half
+
+        def orthogonal(count: int, width: int) -> Tensor:
+            square = torch.randn(count, width, width, generator=generator, dtype=torch.float64)
+            return torch.linalg.qr(square)[0] if width else square
+
+        angles = torch.rand(heads.num_key_heads, half, generator=generator, dtype=torch.float64) * 2 * torch.pi
+        return cls(
+            values=orthogonal(heads.num_value_heads, heads.head_dim),
+            key_planes=torch.polar(torch.ones_like(angles), angles),
+            key_rest=orthogonal(heads.num_key_heads, rest),
+        )
+
 
 def head_grams(moments: HeadMoments, statistics: LayerStatistics, criterion: Criterion) -> HeadGrams:
     """The Grams of `criterion`: those of `moments` for "dist", the unit-row ones of `statistics` for "cos".
