@@ -28,7 +28,8 @@ from headfuse.checkpoints.source import locate
 from headfuse.conversion import Converted, Settings, convert_heads, gather_statistics
 from headfuse.course import Course
 from headfuse.evaluation.text_loss import measure_text_loss
-from headfuse.learning import ALIGNED, PAPER, Learning, learn_heads
+from headfuse.learning.learn import learn_heads
+from headfuse.learning.options import ALIGNED, PAPER, Learning
 from headfuse.placement import Placement
 from headfuse.planning.budget import parse_budget
 from headfuse.sharing.methods import SharingOptions

@@ -15,7 +15,8 @@ from headfuse.course import Course
 from headfuse.errors import ConfigError, PlanError, TextError
 from headfuse.fusion.objective import FusionObjective, SearchObjective
 from headfuse.fusion.operators import fold_heads, fuse_attention, fused_projections
-from headfuse.learning import ALIGNED, PAPER, Learning, learn_heads, learning_for
+from headfuse.learning.learn import learn_heads
+from headfuse.learning.options import ALIGNED, PAPER, Learning, learning_for
 from headfuse.planning import annealing
 from headfuse.planning.grouping import HeadGroups, contiguous_groups
 from headfuse.training.objectives import LanguageModelling

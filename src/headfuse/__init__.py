@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from headfuse.evaluation.report import EvaluationReport
     from headfuse.evaluation.run import evaluate
     from headfuse.healing import Healing, heal
-    from headfuse.learning import Learning
+    from headfuse.learning.options import Learning
     from headfuse.pipeline import Conversion, convert
     from headfuse.placement import Placement
     from headfuse.planning.budget import parse_budget
@@ -54,7 +54,7 @@ _MODULES = {
     "evaluation.report": ("EvaluationReport",),
     "evaluation.run": ("evaluate",),
     "healing": ("Healing", "heal"),
-    "learning": ("Learning",),
+    "learning.options": ("Learning",),
     "pipeline": ("Conversion", "convert"),
     "placement": ("Placement",),
     "planning.budget": ("parse_budget",),

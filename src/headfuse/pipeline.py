@@ -17,7 +17,7 @@ from headfuse.conversion import Settings, check_reachable, convert_heads
 from headfuse.converted_folder import write_converted, write_records
 from headfuse.course import Learned
 from headfuse.folder import check_output, writing
-from headfuse.learning import Learning
+from headfuse.learning.options import Learning
 from headfuse.manifest import peak_memory
 from headfuse.placement import Placement
 from headfuse.planning.plan import HeadPlan

@@ -15,7 +15,9 @@ from headfuse.conversion import Converted, Settings
 from headfuse.course import Course, Learned
 from headfuse.errors import ConfigError
 from headfuse.folder import OutputFolder
-from headfuse.learning import Learning, check_learnable, learn_heads
+from headfuse.learning.checks import check_learnable
+from headfuse.learning.learn import learn_heads
+from headfuse.learning.options import Learning
 from headfuse.progress import Stages, silent
 from headfuse.pruning import Lesson, Pruning, check_prunable, prune_heads
 from headfuse.statistics.moments import LayerStatistics

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from headfuse.errors import CheckpointError, ConfigError, TextError
-from headfuse.evaluation.loglikelihood import Score, encode_request, score_requests
+from headfuse.evaluation.loglikelihood import Score, encode_requests, score_requests
 from headfuse.evaluation.report import EvaluationReport
 from headfuse.evaluation.task_files import Question, Request, Task, find_task_files, read_task
 from headfuse.evaluation.tasks import evaluate_tasks, summarize
@@ -53,7 +53,7 @@ def write(path, rows):
 
 
 def one_by_one(model, tokenizer, request):
-    encoded = encode_request(tokenizer, request)
+    encoded = encode_requests(tokenizer, [request])[0]
     ids, start = torch.tensor([encoded.ids]), encoded.num_context
     log_p = logits_of(model, ids)[0, :-1].double().log_softmax(-1)
     steps = [(log_p[i - 1, token].item(), log_p[i - 1].argmax() == token) for i, token in enumerate(encoded.ids)]
@@ -75,9 +75,21 @@ def test_scores_equal_those_of_one_request_at_a_time(model, tokenizer):
         assert scores[-1].is_greedy
 
 
+def test_logits_exist_only_where_continuations_are_predicted(model, tokenizer):
+    requests = [Request("a" * (60 + i % 3), " the" * (1 + i % 2)) for i in range(9)]
+    seen = []
+    hook = model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[:2]))
+    try:
+        score_requests(model, tokenizer, requests, batch_tokens=300)
+    finally:
+        hook.remove()
+    assert sum(rows for rows, _ in seen) == len(requests)
+    assert all(rows * 60 <= 300 and positions <= 4 for rows, positions in seen)
+
+
 def test_context_and_continuation_are_tokenised_together(tokenizer):
     def split(context, continuation):
-        encoded = encode_request(tokenizer, Request(context, continuation))
+        encoded = encode_requests(tokenizer, [Request(context, continuation)])[0]
         parts = encoded.ids[: encoded.num_context], encoded.ids[encoded.num_context :]
         return [tokenizer.decode(part) for part in parts]
 
@@ -89,18 +101,18 @@ def test_context_and_continuation_are_tokenised_together(tokenizer):
 
 def test_without_a_bos_of_its_own_a_text_starts_with_its_context():
     tokenizer = tiny_tokenizer(adds_bos=False)
-    assert encode_request(tokenizer, Request("a", " the")).num_context == 1
-    assert encode_request(tokenizer, Request("", "the")).ids[0] == BOS
+    assert encode_requests(tokenizer, [Request("a", " the")])[0].num_context == 1
+    assert encode_requests(tokenizer, [Request("", "the")])[0].ids[0] == BOS
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(TextError, match="no bos or eos token"):
-        encode_request(tokenizer, Request("", "the"))
+        encode_requests(tokenizer, [Request("", "the")])[0]
 
 
 def test_long_contexts_lose_their_start_with_a_warning(model, tokenizer):
     long, short = Request("b" * 300, " the"), Request("b" * 127, " the")
     with pytest.warns(UserWarning, match="1 of 2 contexts exceed 128 positions"):
         scores = score_requests(model, tokenizer, [long, short])
-    ids = [encode_request(tokenizer, Request("b", " the")).ids[1]] * 128
+    ids = [encode_requests(tokenizer, [Request("b", " the")])[0].ids[1]] * 128
     expected = logits_of(model, torch.tensor([ids]))[0, -1].log_softmax(-1)[VOCABULARY - 1]
     assert scores[0].loglikelihood == pytest.approx(expected.item(), rel=1e-4)
     with pytest.raises(TextError, match="wanted a continuation of at most 128 tokens, got 129"):

@@ -41,7 +41,7 @@ from headfuse.errors import ConfigError
 
 if TYPE_CHECKING:
     from headfuse.conversion import Settings
-    from headfuse.learning import Learning
+    from headfuse.learning.options import Learning
     from headfuse.pruning import Pruning
     from headfuse.training.options import TrainingOptions
 
@@ -201,7 +201,7 @@ def _start(method: str, init: str | None) -> tuple[str, bool]:
 
         return sharing_method(init or "mean-pool"), init == "closed-form"
     if method == "dha":
-        from headfuse.learning import FUSED_STARTS
+        from headfuse.learning.options import FUSED_STARTS
 
         return ("closed-form", False) if init in FUSED_STARTS else (init or "closed-form", True)
     return method, True
@@ -209,7 +209,7 @@ def _start(method: str, init: str | None) -> tuple[str, bool]:
 
 def _rate(method: str, init: str | None, settings: "Settings") -> float:
     """The learning rate that suits where a training starts."""
-    from headfuse.learning import FUSED_STARTS, rate_for
+    from headfuse.learning.options import FUSED_STARTS, rate_for
 
     return rate_for(settings, start="original" if method == "align" or init in FUSED_STARTS else "converted")
 
@@ -228,6 +228,6 @@ def _learning(
         if shares != (None, None):
             raise ConfigError("wanted no share for a search or a fusion with method align, got one; leave it out")
         return Pruning(training=training, lm_weight=lm_weight)
-    from headfuse.learning import learning_for
+    from headfuse.learning.options import learning_for
 
     return learning_for(init or "closed-form", training, *shares, lm_weight)

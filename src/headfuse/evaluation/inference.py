@@ -55,9 +55,16 @@ def ends_of(model: PreTrainedModel) -> list[int]:
     return list(own) if isinstance(own, list) else [] if own is None else [own]
 
 
-def forward_logits(model: PreTrainedModel, tokens: Int64[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-    """Logits in the dtype that the model gives them, through its own forward: some families scale or cap them."""
-    return model(input_ids=tokens.to(device_of(model)), use_cache=False).logits
+def forward_logits(
+    model: PreTrainedModel, tokens: Int64[Tensor, "B T"], kept: Int64[Tensor, "n"] | None = None
+) -> Float[Tensor, "B n V"]:
+    """Logits in these positions, by default all, in the dtype that the model gives them.
+
+    Through its own forward: some families scale or cap them.
+    """
+    device = device_of(model)
+    some = {} if kept is None else {"logits_to_keep": kept.to(device)}
+    return model(input_ids=tokens.to(device), use_cache=False, **some).logits
 
 
 def rows_per_batch(length: int, vocab_size: int, batch_tokens: int) -> int:
