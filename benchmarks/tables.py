@@ -154,19 +154,27 @@ def arms(rows: Sequence[Row]) -> str:
 
 
 def tasks(rows: Sequence[Row]) -> str:
-    """Eight tasks after 9 -> 3 heads: of each start the rate with the most right answers."""
+    """Eight tasks after 9 -> 3 heads: of each start the rate that ended nearest to the teacher in training."""
     best: dict[tuple[str, int, str], Row] = {}
     for row in rows:
         key = (row["heads"], row["tokens"], row["method"])
-        if key not in best or _share(row) > _share(best[key]):
+        if key not in best or _late_kl(row) < _late_kl(best[key]):
             best[key] = row
     lines = []
     for (heads, count, way), row in sorted(best.items(), key=lambda item: (item[0][:2], -_share(item[1]))):
         trained = f"{count / 1e6:g}M" if count else ""
         closed = "" if row.get("gap_closed") is None else f"{row['gap_closed']:.0%}"
         likelihood = f"{row['tasks']['average']['nll']:.2f}"
-        lines.append([heads, trained, way, f"{_share(row):.1%}", likelihood, closed])
-    return markdown(["heads", "tokens", "start", "right", "nats an answer", "of the gap"], lines)
+        distance = f"{_late_kl(row):.3f}" if count else ""
+        lines.append([heads, trained, way, f"{_share(row):.1%}", likelihood, closed, distance])
+    names = ["heads", "tokens", "start", "right", "nats an answer", "of the gap", "KL on prompts"]
+    return markdown(names, lines)
+
+
+def _late_kl(row: Row) -> float:
+    """Of prompts, over the last third of the steps; all arms read the same batches. Zero without training."""
+    curves = [stage["curve"] for stage in row.get("stages", {}).values()]
+    return statistics.fmean([point["kl"] for curve in curves for point in curve[-len(curve) // 3 :]] or [0.0])
 
 
 def _share(row: Row) -> float:
