@@ -191,6 +191,7 @@ class Bench:
             length=LENGTH,
             repeat=True,
             captured=self.here.device.type == "cuda" and not self.options.eager,
+            compiled=self.options.compile,
             seed=seed,
         )
 
@@ -297,7 +298,7 @@ def speed_cases(options: argparse.Namespace) -> Iterator[Case]:
     }
     for name in options.ways.split(",") if options.ways else ways:
         kv, way = ways[name]
-        yield Case("speed", name, way, kv, "4M", 0, training | {"compiled": options.compile})
+        yield Case("speed", name, way, kv, "4M", 0, training)
 
 
 def grouping_cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -367,6 +368,8 @@ def arguments(options: argparse.Namespace) -> Iterator[str]:
         value = getattr(options, name)
         if value not in (None, ""):
             yield f"--{name.replace('_', '-')} '{value}'"
+    if options.compile:
+        yield "--compile"
 
 
 def parse() -> argparse.Namespace:
@@ -377,7 +380,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rates", help="results of the table `rates`, whose best each way then uses")
     parser.add_argument("--update", choices=["adamw", "muon"])
     parser.add_argument("--lm-weight", type=float, help="share of language-model loss in healing, for all ways")
-    parser.add_argument("--compile", action="store_true", help="speed: compile blocks and losses")
     return parser.parse_args()
 
 
@@ -395,6 +397,7 @@ def add_shared_options(parser: argparse.ArgumentParser, ways: Iterable[str], *, 
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--rate", type=float)
     parser.add_argument("--eager", action="store_true", help="do not capture steps as CUDA graphs")
+    parser.add_argument("--compile", action="store_true", help="compile blocks and losses")
     parser.add_argument("--device")
     parser.add_argument("--precision")
     parser.add_argument("--commit", help="commit to record where the checkout is not a repository")
