@@ -184,7 +184,16 @@ def test_the_rate_that_does_best_in_a_trial_is_taken():
     assert torch.equal(fitted.k, alone.k)
 
 
-@pytest.mark.parametrize(("rates", "times"), [((0.05,), 1), ((0.05, 0.02), 2)])
+def test_smaller_rates_are_tried_only_while_they_do_better():
+    original, converted, inputs = layer()
+    told = []
+    options = replace(QUICK, rates=(0.05, 1e-9, 0.02), trial=0.5)
+    _, report = refit(original, converted, inputs, options, advance=told.append)
+    assert report.rate == 0.05
+    assert told.count(options.trial_steps) == 1  # the last trial, left out
+
+
+@pytest.mark.parametrize(("rates", "times"), [((0.05,), 1), ((0.05, 0.02), 2), ((0.05, 1e-9, 0.02), 2.5)])
 def test_progress_counts_the_steps_of_trials_too(rates, times):
     original, converted, inputs = layer()
     told = []

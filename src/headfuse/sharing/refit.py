@@ -39,8 +39,9 @@ BIAS_RATE = 0.02  # Adam's rate for biases and gains, relative to theirs
 class RefitOptions:
     """Steps of `rows x length` tokens with a rate decaying linearly to 0.
 
-    A rate is the size of a step relative to the norm of the matrix it changes; of several `rates` each layer takes the
-    one that does best in a `trial` of so large a share of the steps. `segment` tokens stay together when the text is
+    A rate is the size of a step relative to the norm of the matrix it changes. Of several `rates` each layer takes the
+    one that does best in a `trial` of so large a share of the steps; they are tried in their order, the largest first,
+    until the next does worse. `segment` tokens stay together when the text is
     reshuffled. Every `whole`th step takes its tokens in rows as long as the text's own, so that distances beyond
     `length` are fitted too; 0 never does.
     """
@@ -61,7 +62,7 @@ class RefitOptions:
 
     @property
     def all_steps(self) -> int:
-        """Steps of a layer, those of the trials among them."""
+        """Steps of a layer at most, those of all trials among them."""
         return self.steps + (self.trial_steps * len(self.rates) if len(self.rates) > 1 else 0)
 
 
@@ -106,9 +107,13 @@ def refit(
             found = fit.error(fit.held_out)
         return math.inf if math.isnan(found) else found
 
-    rate = options.rates[0]
-    if len(options.rates) > 1:
-        rate = min(options.rates, key=lambda each: error_after(options.trial_steps, each))
+    rate, least = options.rates[0], math.inf
+    for tried, each in enumerate(options.rates if len(options.rates) > 1 else (), start=1):
+        found = error_after(options.trial_steps, each)
+        if found > least:
+            advance(options.trial_steps * (len(options.rates) - tried))
+            break
+        rate, least = each, found
     after = error_after(options.steps, rate)
     if not after < before:
         return converted, RefitReport(inputs.layer, before, before)
