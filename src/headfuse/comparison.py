@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from jaxtyping import Int64
@@ -31,7 +31,8 @@ class Result:
 
     `delta_ce` and `kl` are nats per token, against the unconverted model on the same text; `seconds` count grouping,
     sharing and refit, not the statistics, which the rows of a model share. `refit_error` is the layers' mean relative
-    error after the refit; `tasks` are what `judge` found.
+    error after the refit, `refit_rates` the rate that each layer chose (None where the refit was refused); `tasks` are
+    what `judge` found.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Result:
     refit_error: float | None
     seconds: float
     tasks: dict[str, Any]
+    refit_rates: list[float | None] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -121,4 +123,5 @@ class Comparison:
             refit_error=sum(errors) / len(errors) if errors else None,
             seconds=seconds,
             tasks=tasks,
+            refit_rates=[report.rate for report in converted.refits],
         )
