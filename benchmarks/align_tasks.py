@@ -52,9 +52,9 @@ from headfuse.pruning import Lesson, prune_heads
 from headfuse.sharing.procrustes import Rotations, align
 from headfuse.statistics.similarity import cka
 from headfuse.text.example_files import read_examples
+from headfuse.text.packing import packed_examples
 from headfuse.text.rows import load_tokens
 from headfuse.text.task_mix import TASKS, TaskQuestion, task_questions
-from headfuse.training.batches import training_rows
 from headfuse.training.options import TrainingOptions
 from headfuse.training.processes import Processes
 from training_free import merge, provenance, write
@@ -207,6 +207,10 @@ def run_arms(options: argparse.Namespace) -> None:
     calibration = load_tokens(
         options.text, tokenizer, num_tokens=CALIBRATION, length=min(CALIBRATION_LENGTH, options.length), seed=SEED
     )
+    # Examples are packed alike for every budget and rate.
+    text = packed_examples(
+        str(work / TRAIN), tokenizer, length=options.length, vocab_size=model.config.vocab_size, seed=SEED
+    )
     started, rows = time.monotonic(), []
     references = () if options.only_students else (("base", model), ("teacher", guide))
     for name, judged_model in references:
@@ -218,9 +222,6 @@ def run_arms(options: argparse.Namespace) -> None:
         converted = convert_heads(loaded, calibration.tokens, settings, statistics=statistics)
         for tokens, pace in product(numbers(options.budgets, int), numbers(options.paces, float)):
             training = training_options(options, tokens, pace * (options.rate or arm.rate))
-            text = training_rows(
-                str(work / TRAIN), tokenizer, training, vocab_size=model.config.vocab_size, cache=work / "packed"
-            )
             pruning = replace(arm.pruning, training=training)
             lesson, course = Lesson.of(text, pruning, guide), Course(text, here, stages=for_terminal())
             learned = prune_heads(loaded, settings, pruning, course, lesson, converted=converted, statistics=statistics)
@@ -239,7 +240,7 @@ def numbers(listed: str, kind: Callable[[str], Any]) -> list[Any]:
 
 
 def chosen(options: argparse.Namespace) -> Iterator[tuple[str, Arm]]:
-    """The arms asked for; the paper's baseline of the gap is the first."""
+    """The arms asked for."""
     known = arms()
     for name in options.ways.split(",") if options.ways else known:
         yield name, known[name]

@@ -91,13 +91,12 @@ def score_requests(
 def _batches(encoded: Sequence[EncodedRequest], most_tokens: int, most_logits: int) -> Iterator[list[int]]:
     """Requests of about the same length, the longest first, with at most so many tokens and rows of logits or alone."""
     batch: list[int] = []
-    width, kept = 0, set[int]()
+    kept = set[int]()
     for i in sorted(range(len(encoded)), key=lambda i: (-len(encoded[i].ids), encoded[i].num_context)):
         both, rows = kept.union(encoded[i].predicting), len(batch) + 1
-        if batch and (rows * width > most_tokens or rows * len(both) > most_logits):
+        if batch and (rows * len(encoded[batch[0]].ids) > most_tokens or rows * len(both) > most_logits):
             yield batch
             batch, both = [], set(encoded[i].predicting)
-        width = width if batch else len(encoded[i].ids)
         batch.append(i)
         kept = both
     if batch:
