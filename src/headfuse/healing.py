@@ -29,6 +29,7 @@ from headfuse.progress import Stages, silent
 from headfuse.teacher import load_teacher
 from headfuse.text.examples import holds_examples
 from headfuse.training.answers import objective_for
+from headfuse.training.arithmetic import prepare_products
 from headfuse.training.batches import Batches, TrainingRows, training_rows
 from headfuse.training.loop import NOWHERE, Trained, TrainingReport, check_length, train
 from headfuse.training.objectives import Objective, check_lm_weight
@@ -117,12 +118,9 @@ def heal(
     out = Path(out)
     root = run_folder or out.with_name(out.name + ".run")
     device, precision = (placement or Placement()).resolve()
+    prepare_products(deterministic=options.deterministic)
     check_lm_weight(lm_weight)
-    if teacher_top_k is not None and holds_examples(data):
-        raise ConfigError(
-            f"wanted plain text to keep a teacher's likeliest tokens of, got the examples of {data}; leave "
-            "--teacher-top-k out"
-        )
+    _check_recordable(data, teacher_top_k)
     source = locate(str(converted))
     check_weights(source.folder)
     space = {"needed_bytes": source.weight_bytes}
@@ -171,6 +169,14 @@ def heal(
                     made.save(folder.manifest)
             here.wait()
     return Healing(out, report, seconds, peak_memory()) if here.first else None
+
+
+def _check_recordable(data: str | None, teacher_top_k: int | None) -> None:
+    if teacher_top_k is not None and holds_examples(data):
+        raise ConfigError(
+            f"wanted plain text to keep a teacher's likeliest tokens of, got the examples of {data}; leave "
+            "--teacher-top-k out"
+        )
 
 
 def _check_folders(out: Path, root: Path, source: Source, *, overwrite: bool, needed_bytes: int) -> None:

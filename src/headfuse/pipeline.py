@@ -26,6 +26,7 @@ from headfuse.pruning import Pruning
 from headfuse.sharing.refit import RefitReport
 from headfuse.text.rows import TokenRows
 from headfuse.trained_stages import TrainedStages, check_trainable, method_name
+from headfuse.training.arithmetic import prepare_products
 from headfuse.training.loop import NOWHERE, TrainingReport
 from headfuse.training.processes import check_alone
 from headfuse.training.run_folder import run_root
@@ -94,6 +95,7 @@ def convert(
     started = time.monotonic()
     check_alone()
     settings, calibration = settings or Settings(), calibration or Calibration()
+    prepare_products(deterministic=learning is not None and learning.training.deterministic)
     device, precision = (placement or Placement()).resolve()
     source = locate(str(model), allow_pickle=allow_pickle)
     check_checkpoint(source.folder, allow_pickle=allow_pickle)
