@@ -21,8 +21,6 @@ RESULTS = Path(__file__).parent / "results"
 BUDGETS = ["0", "41k", "206k", "1.03M", "4M", "16M"]
 TABLE_SIZES = ((1, 131072), (8, 8192), (64, 2048), (1, 16384))
 REFIT_STEPS = RefitOptions().steps
-# Of rows that name none, and of those before each layer chose its own.
-FIRST_RATE = 0.05
 
 Row = dict[str, Any]
 
@@ -102,8 +100,10 @@ def _way(row: Row) -> str:
     way = f"{row['method']}{', norm restored' if row.get('restore_norm') else ''} -> {row['target']}"
     way += ", adaptive budget" * (row["budget"] == "adaptive") + ", **refit**" * row["refit"]
     chosen = row.get("refit_options", {})
-    steps, rate = chosen.get("steps", REFIT_STEPS), chosen.get("rate", FIRST_RATE)
-    return way + f" of {steps} steps" * (steps != REFIT_STEPS) + f" at a rate of {rate:g}" * (rate != FIRST_RATE)
+    steps = chosen.get("steps", REFIT_STEPS)
+    way += f" of {steps} steps" * (steps != REFIT_STEPS)
+    # Rows from before each layer chose its own.
+    return f"{way} at a rate of {chosen['rate']:g}" if "rate" in chosen else way
 
 
 def tokens(rows: Sequence[Row], kv: str = "25%") -> str:
@@ -266,6 +266,21 @@ def steps(rows: Sequence[Row]) -> str:
     )
 
 
+def products(rows: Sequence[Row]) -> str:
+    """Microseconds of a product of few rows and a weight, and the rate at which it reads, beside cuBLAS."""
+    found: dict[str, dict[tuple[int, str], str]] = {}
+    for row in rows:
+        cells = found.setdefault(f"{row['channels']} x {row['inputs']}", {})
+        for way in ("ours", "cublas"):
+            cells[row["rows"], way] = f"{row[way]['microseconds']:.1f} ({row[way]['gb_s'] / 1000:.2f})"
+    columns = list(dict.fromkeys(column for cells in found.values() for column in cells))
+    names = {"ours": "ours", "cublas": "cuBLAS"}
+    return markdown(
+        ["weight", *(f"{count} row{'s' * (count > 1)}, {names[way]}" for count, way in columns)],
+        [[shape, *(cells.get(column, "") for column in columns)] for shape, cells in found.items()],
+    )
+
+
 def whole_rows(rows: Sequence[Row]) -> str:
     """Milliseconds of many queries a row, and the memory that it takes on the way, beside a gather for torch's."""
     backends = {"triton": "ours", "gather+cudnn": "gather + cuDNN", "gather+flash": "gather + Flash"}
@@ -313,6 +328,7 @@ TABLES = {
     "serving": ("serving.json", serving),
     "caches": ("decode_attention.json", caches),
     "steps": ("decode_step.json", steps),
+    "products": ("skinny_product.json", products),
     "prompts": ("prefill_attention.json", whole_rows),
     "gradients": ("backward_attention.json", whole_rows),
 }
