@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from attention.cases import SIZES
 from headfuse.comparison import Result
 from headfuse.demo import Demonstration
 from headfuse.report.tables import demonstration_table, markdown
@@ -19,7 +20,6 @@ PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("dha.md", "alig
 RESULTS = Path(__file__).parent / "results"
 
 BUDGETS = ["0", "41k", "206k", "1.03M", "4M", "16M"]
-TABLE_SIZES = ((1, 131072), (8, 8192), (64, 2048), (1, 16384))
 REFIT_STEPS = RefitOptions().steps
 
 Row = dict[str, Any]
@@ -237,7 +237,7 @@ def caches(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         plain = row["layout"] == "heads" and not row["page"] and not row["ragged"]
-        usual = row["head_dim"] == 128 and row["query_heads"] == 32 and (row["batch"], row["context"]) in TABLE_SIZES
+        usual = row["head_dim"] == 128 and row["query_heads"] == 32 and (row["batch"], row["context"]) in SIZES
         if row["backend"] == "triton" and not (plain and usual):
             cache = "tokens" if row["layout"] == "tokens" else "heads"
             cache += f", pages of {row['page']}" if row["page"] else ""
