@@ -152,7 +152,7 @@ def main_rows(rows: Iterable[Row]) -> list[Row]:
 def saving(axes: Axes, start: int, series: dict[str, dict[int, float]]) -> None:
     """An arrow from the closed form's conversion alone to where mean-pooled GQA arrives at its loss."""
     level = series[OURS][start]
-    reached = arrival(sorted(series[GQA].items()), level)
+    reached = arrival(axes, sorted(series[GQA].items()), level)
     last = max(series[GQA])
     times = (reached or last) / start
     text = f"{'' if reached else 'more than '}{math.floor(times):d}x the tokens"
@@ -164,26 +164,33 @@ def saving(axes: Axes, start: int, series: dict[str, dict[int, float]]) -> None:
     axes.annotate(text, (math.sqrt(start * end), level), bbox=box, **spot)
 
 
-def arrival(points: Sequence[tuple[int, float]], level: float) -> float | None:
-    """Where a falling curve first reaches a level, between its points on log axes; None if it never does."""
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        if y1 <= level < y0:
-            share = 1.0 if y1 <= 0 else math.log(y0 / level) / math.log(y0 / y1)
-            return x0 * (x1 / x0) ** share
+def arrival(axes: Axes, points: Sequence[tuple[int, float]], level: float) -> float | None:
+    """Where a falling line, as it is drawn, first reaches a level; None if it never does."""
+    wanted, *heights = axes.yaxis.get_transform().transform([level, *(y for _, y in points)])
+    for ((x0, _), y0), ((x1, _), y1) in itertools.pairwise(zip(points, heights, strict=True)):
+        if y1 <= wanted < y0:
+            return x0 * (x1 / x0) ** ((y0 - wanted) / (y0 - y1))
     return None
 
 
 def label_ends(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:
-    """Names beside the ends of lines, pushed apart where they would touch."""
-    height, lowest = 15.0, math.inf  # points
+    """Names beside the ends of lines, pushed apart where they would touch, none below the axes."""
+    height = 15.0  # points
     scale = 72 / axes.figure.dpi
     axes.figure.canvas.draw()
-    for way in sorted(ends, key=lambda way: -ends[way][1]):
-        wanted = axes.transData.transform(ends[way])[1] * scale
-        spot = min(wanted, lowest - height)
-        lowest = spot
+    ways = sorted(ends, key=lambda way: -ends[way][1])
+    wanted = [axes.transData.transform(ends[way])[1] * scale for way in ways]
+    spots, lowest = [], math.inf
+    for each in wanted:
+        lowest = min(each, lowest - height)
+        spots.append(lowest)
+    room = axes.bbox.y0 * scale + height / 2
+    for index in reversed(range(len(spots))):
+        spots[index] = max(spots[index], room)
+        room = spots[index] + height
+    for way, spot, each in zip(ways, spots, wanted, strict=True):
         text = {"textcoords": "offset points", "va": "center", "color": WAYS[way][0], "fontweight": weight(way)}
-        axes.annotate(WAYS[way][2], ends[way], (9, spot - wanted), **text)
+        axes.annotate(WAYS[way][2], ends[way], (9, spot - each), **text)
 
 
 def name_early(axes: Axes, way: str, end: tuple[float, float], *, line: bool) -> None:
