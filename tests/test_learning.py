@@ -1,5 +1,6 @@
 """DHA end to end on tiny models: it starts at the original, spends its budget and writes what it made."""
 
+import math
 from dataclasses import replace
 from fractions import Fraction
 
@@ -123,6 +124,20 @@ def test_a_model_whose_operators_agree_is_its_fold(family, overrides):
     folded = [fold_heads(*each) for each in zip(modules, loaded.heads, groups, strict=True)]
     with loaded.with_heads(folded) as model:
         assert_close(logits_of(model, tokens(2, 11)), unfolded, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(None, TRAINING.rate * math.sqrt(3 / 8)), (1e-3, 1e-3)])
+def test_small_batches_of_the_fusion_take_smaller_steps(given, wanted):
+    reports = learn(replace(SEARCHED, fusion_rate=given)).reports
+    # 614 tokens in about 12 steps are 3 rows a step, where healing has 8.
+    assert reports["fusion"].tokens % (3 * LENGTH) == 0
+    assert max(row["rate"] for row in reports["fusion"].metrics) == pytest.approx(wanted)
+    assert max(row["rate"] for row in reports["healing"].metrics) == TRAINING.rate
+
+
+def test_no_batch_exceeds_the_tokens_of_its_stage():
+    learned = learn(replace(SEARCHED, fusion_share=1.5 * LENGTH / BUDGET, fusion_steps=1))
+    assert learned.reports["fusion"].tokens == LENGTH
 
 
 ROUTES = {

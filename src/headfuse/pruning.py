@@ -40,6 +40,8 @@ Distribution = Literal["official", "classical"]
 ControllerName = Literal["projection", "lagrangian", "ramp"]
 # Where the shared heads may begin, and the sharing method that makes them: the mean of rotated heads is the paper's.
 STARTS = {"mean-pool": "procrustes", "closed-form": "closed-form"}
+# The peak learning rate of the model's weights, unless told.
+GATED_RATE = 3e-4
 
 
 @dataclass(frozen=True)

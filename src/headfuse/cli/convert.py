@@ -90,10 +90,11 @@ def convert(
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="align: the model to distil from; default: the original.")] = None,
     search_share: Annotated[
-        float | None, typer.Option(help="dha: share of the tokens for the search; default 0.06 from the original.")
+        float | None, typer.Option(help="dha: share of the tokens for the search; default 0.024 with delta.")
     ] = None,
     fusion_share: Annotated[
-        float | None, typer.Option(help="dha: share of the tokens for the fusion; default 0.19 from the original.")
+        float | None,
+        typer.Option(help="dha: share of the tokens for the fusion; default 0.076 with delta, 0.25 with aligned."),
     ] = None,
     lm_weight: LmWeight = 0.0,
     rate: Rate = None,
@@ -210,8 +211,9 @@ def _start(method: str, init: str | None) -> tuple[str, bool]:
 def _rate(method: str, init: str | None, settings: "Settings") -> float:
     """The learning rate that suits where a training starts."""
     from headfuse.learning.options import FUSED_STARTS, rate_for
+    from headfuse.pruning import GATED_RATE
 
-    return rate_for(settings, start="original" if method == "align" or init in FUSED_STARTS else "converted")
+    return GATED_RATE if method == "align" else rate_for(settings, fused=init if init in FUSED_STARTS else None)
 
 
 def _learning(

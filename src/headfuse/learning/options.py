@@ -25,7 +25,9 @@ class Learning:
     language-model loss in healing, the rest distils from the original; the search and the fusion see the
     language-model loss alone, as in the paper, unless `fusion_lm_weight` says otherwise. Both want many small steps
     (an operator has to travel from 1 to 1 / g at `operator_rate` a step), so their batches follow from their numbers
-    of steps: the paper's, for the 1000 steps in which it spends 0.2B tokens. `grouping` "closed-form" fuses the
+    of steps: the paper's, for the 1000 steps in which it spends 0.2B tokens. Where those batches are smaller than the
+    healing's the weights' rate goes down in the fusion with the square root of their size, unless `fusion_rate` is
+    given; the paper has one rate for both (batches of 64 and 256 rows). `grouping` "closed-form" fuses the
     original heads in the groups that a conversion chose by their prices, without a search; there the heads of a group
     are first rotated onto each other, which leaves the function as it is.
     """
@@ -40,6 +42,7 @@ class Learning:
     layer_budget: LayerBudget = "uniform"
     key_extent: Extent = "tied"
     value_extent: Extent = "dimension"
+    fusion_rate: float | None = None
     operator_rate: float = 1e-2
     multiplier_rate: float = 1e-2
     search_steps: int = 240
@@ -102,11 +105,11 @@ class Learning:
 
 
 # The paper's own settings. It says neither the share of the stages in a small budget (0.2B of up to 5B tokens) nor
-# the margin's decay; docs/dha.md has what was chosen and why.
+# the margin's decay; docs/dha.md has what was chosen and LOG.md why.
 PAPER = Learning(
     start="original",
-    search_share=0.06,
-    fusion_share=0.19,
+    search_share=0.024,
+    fusion_share=0.076,
     lm_weight=1.0,
     layer_budget="greedy",
     key_extent="tied",
@@ -117,15 +120,17 @@ PAPER = Learning(
 ALIGNED = Learning(start="original", grouping="closed-form", fusion_share=0.25, fusion_lm_weight=0.0)
 # Names of the stages that fuse the original heads; any other start is a sharing method's.
 FUSED_STARTS = {"delta": PAPER, "aligned": ALIGNED}
+FUSED_RATES = {"delta": 1e-3, "aligned": 3e-4}
 
 
-def rate_for(settings: Settings, *, start: Start) -> float:
+def rate_for(settings: Settings, *, fused: str | None = None) -> float:
     """The peak learning rate of the weights that did best on the 30M reference (LOG.md).
 
-    The further from the original the training starts, the larger it is.
+    `fused` is the start of a fusion of original heads, if one comes. The further from the original the training
+    starts, or what is fused ends, the larger it is.
     """
-    if start == "original":
-        return 3e-4
+    if fused is not None:
+        return FUSED_RATES[fused]
     if settings.refit is not None:
         return 1e-4
     return {"mean-pool": 1e-3, "procrustes": 5e-4}.get(settings.method, 3e-4)

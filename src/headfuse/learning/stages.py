@@ -108,6 +108,9 @@ class Stages:
         with self._fused(heads, groups) as (projections, modules):
             if learning.fusion_share:
                 options = self._options(learning.fusion_tokens, learning.training.length, learning.fusion_steps)
+                # Adam's steps are noisier by the square root of what a batch has less.
+                rate = options.rate * math.sqrt(min(1.0, options.step_tokens / learning.training.step_tokens))
+                options = replace(options, rate=rate if learning.fusion_rate is None else learning.fusion_rate)
                 fusing = FusionObjective(
                     self._objective(learning.fusion_lm_weight),
                     projections,
@@ -148,8 +151,8 @@ class Stages:
         return [heads_of(module, layer) for module, layer in zip(modules, heads, strict=True)]
 
     def _options(self, tokens: int, length: int, steps: int) -> TrainingOptions:
-        """The run's options for a stage of that many tokens in `steps` steps, fewer where a row a step is too much."""
-        rows = max(1, tokens // (steps * length))
+        """The run's options for a stage of that many tokens, in about `steps` steps or as many as have a row."""
+        rows = max(1, min(round(tokens / (steps * length)), tokens // length))
         training = self.learning.training
         micro_rows = None if training.micro_rows is None else math.gcd(rows, training.micro_rows)
         return replace(training, tokens=tokens, rows=rows, length=length, micro_rows=micro_rows)
