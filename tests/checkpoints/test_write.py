@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -64,6 +65,12 @@ def test_a_tied_embedding_is_stored_once_under_the_name_of_the_input(family, tmp
     stored = load_file(out / "model.safetensors")
     assert not {"lm_head.weight", "embed_out.weight"} & set(stored)
     assert torch.equal(logits_of(load_model(out), tokens(2, 7)), logits_of(model, tokens(2, 7)))
+
+
+def test_headers_note_nothing_that_varies_from_run_to_run(tmp_path):
+    out = write(tmp_path / "out", pico("llama", tie_word_embeddings=True))
+    with safe_open(out / "model.safetensors", "pt") as weights:
+        assert weights.metadata() == {"format": "pt"}
 
 
 def test_a_tied_embedding_stays_tied_in_another_dtype(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, computed_field
 
 from headfuse.checkpoints.adapter import Adapter
-from headfuse.checkpoints.headers import Headers, is_buffer, read_headers
+from headfuse.checkpoints.headers import OUTPUT_EMBEDDINGS, Headers, is_buffer, read_headers
 from headfuse.checkpoints.loading import load_config
 from headfuse.checkpoints.registry import ADAPTERS, adapter_for
 from headfuse.checkpoints.source import Source
@@ -23,8 +23,6 @@ Target = Literal["gqa", "dha"]
 METHODS: tuple[Method, ...] = get_args(Method)
 TARGETS: tuple[Target, ...] = get_args(Target)
 PERCENTS = (50.0, 25.0, 12.5)
-# Written once more in the file where the embedding is tied.
-OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
 
 
 class Fact(BaseModel):

@@ -38,6 +38,8 @@ DTYPES = {
 }
 # Buffers that old checkpoints store beside the weights; transformers recomputes them, and some hold -inf by design.
 BUFFERS = (".masked_bias", ".attn.bias", ".attention.bias", "rotary_emb.inv_freq")
+# Where they are the input embedding, transformers looks for the latter; some files have both.
+OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from headfuse.checkpoints.card import ModelCard
+from headfuse.checkpoints.headers import OUTPUT_EMBEDDINGS
 
 # Everything of the source but its weights, configuration, code and card. Names are those that transformers reads.
 COPIED = (
@@ -35,8 +36,6 @@ COPIED = (
     "NOTICE*",
     "USE_POLICY*",
 )
-# Where the output embedding is the input embedding, transformers looks for the latter.
-OUTPUT_EMBEDDINGS = ["lm_head.weight", "embed_out.weight"]
 
 
 def write_checkpoint(
@@ -53,9 +52,11 @@ def write_checkpoint(
 
     `state` holds the model's own names; floating-point tensors are stored as `dtype`, tensors that share memory
     (tied embeddings) once. The rest is copied from the model folder `source`. `folder` must exist: use `writing`.
+    Equal tensors make equal files.
     """
-    tensors = _stored(state, dtype)
-    save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size, shared_tensors_to_discard=OUTPUT_EMBEDDINGS)
+    # A name left out there is noted in the files' headers, in no fixed order.
+    tensors = _once(_stored(state, dtype))
+    save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
     _write_config(folder / "config.json", config, dtype)
     copy_companions(source, folder)
     if card is not None:
@@ -85,6 +86,12 @@ def _stored(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
             done[key] = cast if whole else cast.clone()
         result[name] = done[key]
     return result
+
+
+def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without output embeddings that are another tensor."""
+    others = {id(tensor) for name, tensor in tensors.items() if name not in OUTPUT_EMBEDDINGS}
+    return {name: each for name, each in tensors.items() if name not in OUTPUT_EMBEDDINGS or id(each) not in others}
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
