@@ -22,6 +22,13 @@ def test_evaluation_is_one_json_object(run, convert, model, text, tmp_path):
     assert "KL to original" in table.out
 
 
+def test_unasked_a_short_text_is_read_whole(run, model, text):
+    outcome = run("eval", model, "--text", text, "--length", "32", "--precision", "fp32", "--json")
+    assert outcome.code == 0, outcome.err
+    assert 0 < json.loads(outcome.out)["text"]["tokens"] < 65_536
+    assert_refused(run("eval", model, "--text", text, "--length", "32", "--tokens", "65536"), "ask for fewer tokens")
+
+
 def test_a_failed_gate_is_exit_status_one(run, convert, model, text, tmp_path):
     assert convert("--kv", "25%", "--method", "mean-pool").code == 0
     measure = ("--text", text, *MEASURE, "--json")

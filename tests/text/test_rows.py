@@ -237,6 +237,20 @@ def test_parquet_without_pyarrow_is_an_error(tmp_path, tokenizer, monkeypatch):
         load(path, tokenizer)
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".npz"])
+def test_a_shorter_source_is_taken_whole_if_it_may_be(tmp_path, tokenizer, suffix):
+    path = tmp_path / f"text{suffix}"
+    if suffix == ".txt":
+        path = write_text(tmp_path, suffix)
+    else:
+        np.savez(path, a=np.arange(20), b=np.arange(9))
+    whole = load(path, tokenizer).tokens
+    assert load(path, tokenizer, num_tokens=8 * (len(whole) + 1), shorter=True).tokens.shape == whole.shape
+    assert len(load(path, tokenizer, num_tokens=16, shorter=True).tokens) == 2
+    with pytest.raises(TextError, match="wanted 80000 tokens"):
+        load(path, tokenizer, num_tokens=80_000, length=80_000, shorter=True)
+
+
 def test_too_few_tokens_are_counted(tmp_path, tokenizer):
     with pytest.raises(TextError, match=r"wanted 99992 tokens \(12499 rows of 8\), got \d{3,4}; ask for fewer"):
         load(write_text(tmp_path, ".txt"), tokenizer, num_tokens=99_999)

@@ -17,7 +17,9 @@ def evaluate(
     text: Annotated[
         str | None, typer.Option(help="As --calibration; default: built-in text kept for evaluation.")
     ] = None,
-    tokens: Annotated[str, typer.Option(help="Number of tokens: 65536, 64k, 1M, or `all` of the text.")] = "65536",
+    tokens: Annotated[
+        str | None, typer.Option(help="64k, 1M, or `all` of the text; default: 65536, or all of a shorter text.")
+    ] = None,
     length: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
     tasks: Annotated[str, typer.Option(help="Task files or folders, or lm-evaluation-harness names, by commas.")] = "",
     examples: Annotated[
@@ -45,7 +47,7 @@ def evaluate(
         model,
         against=against,
         text=text,
-        tokens=None if tokens == "all" else counted(tokens),
+        tokens="all" if tokens == "all" else None if tokens is None else counted(tokens),
         length=length,
         tasks=[task for task in tasks.split(",") if task],
         examples=examples,

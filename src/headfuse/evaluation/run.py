@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from headfuse.checkpoints.loading import load_model, load_tokenizer, stored_dtype
 from headfuse.checkpoints.source import locate
@@ -19,13 +19,16 @@ from headfuse.progress import Stages, silent
 from headfuse.text.examples import load_examples
 from headfuse.text.rows import count_row_bytes, load_tokens
 
+# Of the text, where nobody says how many.
+TOKENS = 65_536
+
 
 def evaluate(
     model: str | Path,
     *,
     against: str | Path | None = None,
     text: str | None = None,
-    tokens: int | None = 65536,
+    tokens: int | Literal["all"] | None = None,
     length: int = 1024,
     tasks: Sequence[str] = (),
     examples: str | None = None,
@@ -36,6 +39,7 @@ def evaluate(
 ) -> EvaluationReport:
     """Measure a model, stock or converted: text loss, distance to `against`, cache bytes, tasks, exact match.
 
+    Of the text that many `tokens` are read, or all of it; None: 65,536, or all of a shorter text.
     `examples` is a source as `load_examples` takes it, of which the validation split is asked.
     """
     device, precision = (placement or Placement()).resolve()
@@ -49,7 +53,8 @@ def evaluate(
     rows = load_tokens(
         text,
         tokenizer,
-        num_tokens=tokens,
+        num_tokens=None if tokens == "all" else TOKENS if tokens is None else tokens,
+        shorter=tokens is None,
         length=min(length, longest),
         seed=seed,
         part="evaluation",

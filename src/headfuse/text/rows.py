@@ -50,8 +50,11 @@ def load_tokens(
     seed: int,
     part: Part = "calibration",
     vocab_size: int | None = None,
+    shorter: bool = False,
 ) -> TokenRows:
     """`num_tokens // length` rows sampled from `source`; with `num_tokens` None, all of it in order.
+
+    A source that is `shorter` than that is taken whole, if it may be.
 
     `source` is a `.txt`, `.jsonl` or `.parquet` file (field or column `text`), a `.npy` or `.npz` file of token ids,
     a hub data set `name[:config[:split]]`, or `builtin` (also None), the text that needs no network. Documents are
@@ -66,13 +69,13 @@ def load_tokens(
     num_rows = _num_rows(num_tokens, length)
     path = None if name == BUILTIN else existing_file(name)
     if path is not None and path.suffix.lower() in SUFFIXES:
-        rows = _sample_streams(path, num_rows, length, torch.Generator().manual_seed(seed))
+        rows = _sample_streams(path, num_rows, length, torch.Generator().manual_seed(seed), shorter=shorter)
         limit = vocab_size or (len(tokenizer) if tokenizer is not None else None)
     else:
         if tokenizer is None:
             raise TextError(f"{name}: wanted a tokenizer to read text, got none; give one, or a .npy file of token ids")
         documents = source_documents(name, path, part, seed, sample=num_rows is not None)
-        rows = _tokenize(name, documents, tokenizer, num_rows, length)
+        rows = _tokenize(name, documents, tokenizer, num_rows, length, shorter=shorter)
         limit = vocab_size
     check_range(name, int(rows.tokens.min()), int(rows.tokens.max()), limit)
     return rows
@@ -141,14 +144,20 @@ def tokenize_documents(documents: Iterable[Document], tokenizer: PreTrainedToken
 
 
 def _tokenize(
-    name: str, documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, num_rows: int | None, length: int
+    name: str,
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    num_rows: int | None,
+    length: int,
+    *,
+    shorter: bool,
 ) -> TokenRows:
     stream: list[int] = []
     for ids in tokenize_documents(documents, tokenizer):
         stream.extend(ids)
         if num_rows is not None and len(stream) >= num_rows * length:
             break
-    count = _check_long_enough(name, len(stream) // length, len(stream), num_rows, length)
+    count = _rows_to_take(name, len(stream) // length, len(stream), num_rows, length, shorter=shorter)
     tokens = torch.tensor(stream[: count * length], dtype=torch.int64).view(count, length)
     return TokenRows(tokens, (name,), torch.zeros(count, dtype=torch.int64))
 
@@ -164,12 +173,14 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
         yield batch
 
 
-def _sample_streams(path: Path, num_rows: int | None, length: int, generator: torch.Generator) -> TokenRows:
+def _sample_streams(
+    path: Path, num_rows: int | None, length: int, generator: torch.Generator, *, shorter: bool
+) -> TokenRows:
     streams = read_streams(path)
     slots = {name: stream.size // length for name, stream in streams.items()}
     total = sum(stream.size for stream in streams.values())
-    _check_long_enough(str(path), sum(slots.values()), total, num_rows, length)
-    shares = list(slots.values()) if num_rows is None else equal_shares(list(slots.values()), num_rows)
+    count = _rows_to_take(str(path), sum(slots.values()), total, num_rows, length, shorter=shorter)
+    shares = list(slots.values()) if num_rows is None else equal_shares(list(slots.values()), count)
     counts = {name: count for name, count in zip(slots, shares, strict=True) if count}
     if left_out := [name for name in slots if name not in counts]:
         warnings.warn(f"{path}: no row of {length} tokens comes from {', '.join(left_out)}", stacklevel=3)
@@ -205,15 +216,15 @@ def _stream_rows(
     return rows
 
 
-def _check_long_enough(name: str, rows: int, tokens: int, num_rows: int | None, length: int) -> int:
+def _rows_to_take(name: str, rows: int, tokens: int, num_rows: int | None, length: int, *, shorter: bool) -> int:
     """The number of rows to take; TextError says how many tokens there are."""
-    wanted = 1 if num_rows is None else num_rows
+    wanted = 1 if num_rows is None or shorter else num_rows
     if rows < wanted:
         raise TextError(
             f"{name}: wanted {wanted * length} tokens ({wanted} rows of {length}), got {tokens}; "
             "ask for fewer tokens or shorter rows, or give more text"
         )
-    return rows if num_rows is None else num_rows
+    return rows if num_rows is None else min(rows, num_rows)
 
 
 def check_range(name: str, low: int, high: int, limit: int | None) -> None:
