@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from headfuse.checkpoints.loading import positions_of
 from headfuse.checkpoints.original import Original
 from headfuse.conversion import Settings, gather_statistics, needs_unit_rows
 from headfuse.progress import Stages, silent
@@ -21,7 +22,7 @@ class Calibration:
 
     def rows(self, original: Original, *, seed: int) -> TokenRows:
         """The rows for a model, no longer than it has positions. Raises what `load_tokens` raises."""
-        longest = getattr(original.config, "max_position_embeddings", None) or self.length
+        longest = positions_of(original.config) or self.length
         return load_tokens(
             self.source,
             original.tokenizer,

@@ -35,6 +35,13 @@ def test_a_conversion_is_measured_against_its_original(run, converted, model, tm
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_unasked_a_context_is_as_long_as_the_model_has_positions(run, model):
+    asked = ("--batch", "1", "--new-tokens", "3", "--no-prefill", "--precision", "fp32", "--device", "cpu", "--json")
+    found = json.loads(run("bench", model, *asked).out)
+    positions = json.loads((model / "config.json").read_text())["max_position_embeddings"]
+    assert [case["context"] for case in found["cases"]] == found["load"]["contexts"] == [positions]
+
+
 def test_one_model_is_measured_with_random_keys_and_values(run, model):
     outcome = run("bench", model, *SMALL, "--no-prefill", "--attention", "headfuse", "--json")
     assert outcome.code == 0, outcome.err

@@ -28,11 +28,12 @@ Result = TypeVar("Result")
 class Load:
     """What every model is measured with: batches of so many rows, contexts of so many tokens each.
 
+    Without contexts there is one, of 4096 tokens or, if they are fewer, the models' positions.
     The last `new_tokens` tokens of a context are written once more, one by one, so that no step goes beyond it. Without
     `prefill` the cache gets random keys and values instead of reading one.
     """
 
-    contexts: tuple[int, ...] = (4096,)
+    contexts: tuple[int, ...] = ()
     batches: tuple[int, ...] = (1, 8)
     new_tokens: int = 32
     prefill: bool = True
@@ -40,7 +41,7 @@ class Load:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a context too short for the steps."""
-        if min(self.contexts) <= self.new_tokens + WARM_UP:
+        if self.contexts and min(self.contexts) <= self.new_tokens + WARM_UP:
             raise ConfigError(
                 f"wanted contexts of more than {self.new_tokens + WARM_UP} tokens, as many as are timed, got "
                 f"{min(self.contexts)}; lengthen --context or lower --new-tokens"

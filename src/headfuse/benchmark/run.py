@@ -3,7 +3,7 @@
 import gc
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from headfuse.benchmark.cases import Bench, Case, Load
 from headfuse.benchmark.timing import copy_rate
-from headfuse.checkpoints.loading import load_config
+from headfuse.checkpoints.loading import load_config, positions_of
 from headfuse.checkpoints.source import Source, locate
 from headfuse.checkpoints.validation import check_weights
 from headfuse.errors import ConfigError
@@ -21,6 +21,9 @@ from headfuse.manifest import git_commit, hardware, versions
 from headfuse.placement import Placement
 from headfuse.precision import Precision
 from headfuse.progress import Stages, silent
+
+# Tokens, where nobody says how many.
+CONTEXT = 4096
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def benchmark(
     sources = [locate(str(name)) for name in (model, against) if name is not None]
     for source in sources:
         check_weights(source.folder)
-        _check_positions(source, max(load.contexts))
+    load = _within_positions(load, sources)
     rate = copy_rate(device)
     found: list[dict[str, Any]] = []
     cases: list[Case] = []
@@ -102,10 +105,14 @@ def _names(sources: Sequence[Source]) -> list[str]:
     return names if len(set(names)) == len(names) else [names[0], f"{names[1]} (against)"]
 
 
-def _check_positions(source: Source, tokens: int) -> None:
-    limit = getattr(load_config(source.folder).get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is not None and tokens > limit:
-        raise ConfigError(
-            f"{source.public_name}: wanted at most {limit} tokens, the model's positions, got {tokens} of context; "
-            "shorten --context"
-        )
+def _within_positions(load: Load, sources: Sequence[Source]) -> Load:
+    """The load with contexts that every model has positions for; ConfigError if those asked for are not."""
+    limits = {source.public_name: positions_of(load_config(source.folder)) for source in sources}
+    known = {name: limit for name, limit in limits.items() if limit is not None}
+    for name, limit in known.items():
+        if load.contexts and max(load.contexts) > limit:
+            raise ConfigError(
+                f"{name}: wanted at most {limit} tokens, the model's positions, got {max(load.contexts)} of context; "
+                "shorten --context"
+            )
+    return load if load.contexts else replace(load, contexts=(min(CONTEXT, *known.values()),))

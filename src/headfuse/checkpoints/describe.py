@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, computed_field
 
 from headfuse.checkpoints.adapter import Adapter
 from headfuse.checkpoints.headers import OUTPUT_EMBEDDINGS, Headers, is_buffer, read_headers
-from headfuse.checkpoints.loading import load_config
+from headfuse.checkpoints.loading import load_config, positions_of
 from headfuse.checkpoints.registry import ADAPTERS, adapter_for
 from headfuse.checkpoints.source import Source
 from headfuse.errors import UnsupportedArchitectureError
@@ -117,7 +117,7 @@ def describe(source: Source, *, kv_bytes_per_element: int = 2) -> Description:
         biases=("q", "k", "v") * first.input_bias + ("o",) * first.output_bias,
         qk_norm=first.qk_norm,
         clip=first.clip,
-        context=getattr(config, "max_position_embeddings", None),
+        context=positions_of(config),
         parameters=sum(_count(header.shape) for header in weights.values()),
         dtype=_dtype(weights),
         weight_bytes=sum(header.num_bytes for header in weights.values()),

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from headfuse.checkpoints.headers import read_json
 from headfuse.checkpoints.quiet import quiet
@@ -17,6 +24,11 @@ from headfuse.models.dha.decoupling import DecoupledGeneration  # and the packag
 
 # Any of these means that the folder has a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """How many positions a model was made for; None if its configuration does not say."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def load_config(folder: Path) -> Any:

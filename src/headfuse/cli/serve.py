@@ -51,7 +51,10 @@ def bench(
     model: Model,
     *,
     against: Annotated[str | None, typer.Option(help="A model to compare with, usually the original.")] = None,
-    context: Annotated[str, typer.Option(help="Tokens in the cache, by commas: 4k,32k.")] = "4k",
+    context: Annotated[
+        str | None,
+        typer.Option(help="Tokens in the cache, by commas: 4k,32k; default: 4k, or the model's positions if fewer."),
+    ] = None,
     batch: Annotated[str, typer.Option(help="Rows decoded at once, by commas: 1,8,64.")] = "1,8",
     new_tokens: Annotated[int, typer.Option(help="Steps to take the median of.", min=1)] = 32,
     prefill: Annotated[
@@ -78,7 +81,7 @@ def bench(
         model,
         against=against,
         load=Load(
-            contexts=tuple(counted(each) for each in context.split(",")),
+            contexts=() if context is None else tuple(counted(each) for each in context.split(",")),
             batches=tuple(counted(each, "rows") for each in batch.split(",")),
             new_tokens=new_tokens,
             prefill=prefill,

@@ -15,8 +15,9 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from headfuse.checkpoints.loading import positions_of
 from headfuse.errors import TextError
-from headfuse.evaluation.inference import ends_of, measuring, positions_of
+from headfuse.evaluation.inference import ends_of, measuring
 from headfuse.evaluation.tasks import share
 from headfuse.generation.decoding import Decoder, can_capture
 from headfuse.precision import Precision
@@ -129,7 +130,7 @@ def _padded(prompts: Sequence[list[int]], pad: int) -> tuple[Int64[Tensor, "B T"
 
 def _fit(prompts: list[list[int]], model: PreTrainedModel, new_tokens: int, name: str) -> list[list[int]]:
     """Drop the start of what does not fit into the model's positions with the answer behind it."""
-    limit = positions_of(model)
+    limit = positions_of(model.config)
     if limit is None:
         return prompts
     room = limit - new_tokens

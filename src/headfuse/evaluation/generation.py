@@ -2,8 +2,9 @@
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from headfuse.checkpoints.loading import positions_of
 from headfuse.errors import ConfigError
-from headfuse.evaluation.inference import ends_of, measuring, positions_of
+from headfuse.evaluation.inference import ends_of, measuring
 from headfuse.generation.decoding import Decoder
 from headfuse.generation.sampling import GREEDY, Sampling
 
@@ -27,7 +28,7 @@ def generate_text(
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].long()
     if not ids.numel():
         raise ConfigError("wanted a prompt of at least one token, got none; write some text")
-    tokens, limit = ids.shape[1] + max_new_tokens, positions_of(model)
+    tokens, limit = ids.shape[1] + max_new_tokens, positions_of(model.config)
     if limit is not None and tokens > limit:
         raise ConfigError(
             f"wanted at most {limit} tokens, the model's positions, got {ids.shape[1]} of prompt and {max_new_tokens} "

@@ -43,11 +43,6 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def positions_of(model: PreTrainedModel) -> int | None:
-    """How many positions the model was made for; None if its configuration does not say."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
 def ends_of(model: PreTrainedModel) -> list[int]:
     """The tokens at which the model's own generation settings stop."""
     settings = model.generation_config

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from headfuse.checkpoints.loading import positions_of
 from headfuse.errors import CheckpointError, TextError
-from headfuse.evaluation.inference import MAX_LOGIT_BYTES, forward_logits, measuring, positions_of
+from headfuse.evaluation.inference import MAX_LOGIT_BYTES, forward_logits, measuring
 from headfuse.evaluation.task_files import Request
 from headfuse.precision import Precision
 from headfuse.progress import Stages, silent
@@ -123,7 +124,7 @@ def _score_batch(model: PreTrainedModel, batch: Sequence[EncodedRequest]) -> lis
 
 def _fit(encoded: list[EncodedRequest], model: PreTrainedModel) -> list[EncodedRequest]:
     """Drop the start of what does not fit into the model's positions."""
-    limit = positions_of(model)
+    limit = positions_of(model.config)
     if not limit:
         return encoded
     excess = [max(len(one.ids) - 1 - limit, 0) for one in encoded]

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from headfuse.checkpoints.loading import load_model, load_tokenizer, stored_dtype
+from headfuse.checkpoints.loading import load_model, load_tokenizer, positions_of, stored_dtype
 from headfuse.checkpoints.source import locate
 from headfuse.checkpoints.validation import check_weights
 from headfuse.errors import CheckpointError
 from headfuse.evaluation.cache_bytes import cache_report
 from headfuse.evaluation.exact_match import measure_exact_match
-from headfuse.evaluation.inference import positions_of
 from headfuse.evaluation.report import EvaluationReport
 from headfuse.evaluation.tasks import evaluate_tasks
 from headfuse.evaluation.text_loss import measure_text_loss
@@ -49,7 +48,7 @@ def evaluate(
     judged = load_model(source, device=device)
     reference = None if against is None else load_model(locate(str(against)), device=device)
     tokenizer = load_tokenizer(source) or (load_tokenizer(locate(str(against))) if against is not None else None)
-    longest = positions_of(judged) or length
+    longest = positions_of(judged.config) or length
     rows = load_tokens(
         text,
         tokenizer,

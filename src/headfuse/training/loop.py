@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from headfuse.checkpoints.loading import positions_of
 from headfuse.errors import ConfigError, TrainingError
 from headfuse.models.compiled import calling, compiled_calls
 from headfuse.precision import precision_context
@@ -175,7 +176,7 @@ def train(
 
 def check_length(config: PreTrainedConfig, length: int) -> None:
     """Raise ConfigError if rows are longer than what a model has positions for."""
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = positions_of(config)
     if longest is not None and length > longest:
         raise ConfigError(
             f"wanted rows of at most the model's {longest} positions, got {length} tokens; choose shorter rows"
