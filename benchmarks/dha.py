@@ -79,7 +79,7 @@ WAYS = {
 RATE_GRIDS = {
     "gqa mean-pool": (5e-4, 1e-3, 2e-3),
     "gqa procrustes": (5e-4, 1e-3, 2e-3),
-    "dha": (3e-4, 1e-3),
+    "dha": (5e-4, 1e-3, 2e-3),
     "dha of aligned heads": (3e-4, 6e-4, 1.2e-3),
     "dha from closed form": (2e-4, 4e-4, 8e-4),
     "closed form + refit": (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3),
