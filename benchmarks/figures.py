@@ -161,7 +161,7 @@ def saving(axes: Axes, start: int, series: dict[str, dict[int, float]]) -> None:
     axes.annotate("", (end, level), (start, level), arrowprops=arrow)
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
     spot = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "va": "bottom"}
-    axes.annotate(text, (math.sqrt(start * end), level), bbox=box, **spot)
+    axes.annotate(text, (start * (end / start) ** 0.27, level), bbox=box, **spot)  # where no line crosses it
 
 
 def arrival(axes: Axes, points: Sequence[tuple[int, float]], level: float) -> float | None:
@@ -251,14 +251,20 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def mark_stages(panels: Sequence[Axes], row: Row) -> None:
     """Where DHA's stages begin and end."""
     start = row["calibration_tokens"]
-    where = {"xycoords": panels[0].get_xaxis_transform(), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+    where = {
+        "xycoords": panels[0].get_xaxis_transform(),
+        "textcoords": "offset points",
+        "va": "bottom",
+        "fontsize": 8.5,
+    }
     for name, stage in row["stages"].items():
         end = start + stage["tokens"]
         if start:
             for axes in panels:
                 axes.axvline(start, color=QUIET, linewidth=0.8, linestyle=(0, (2, 2)))
-        label = "DHA: healing" if name == "healing" else name
-        panels[0].annotate(label, ((start + end) / 2, 1), (0, 3), color=WAYS[DHA][0], fontsize=8.5, **where)
+        # Names of short stages end where those do, as there may be no room above them.
+        label, x, side = ("DHA: healing", (start + end) / 2, "center") if name == "healing" else (name, end, "right")
+        panels[0].annotate(label, (x, 1), (0, 3), color=WAYS[DHA][0], ha=side, **where)
         start = end
 
 

@@ -138,19 +138,19 @@ def speed(rows: Sequence[Row]) -> str:
     return markdown(["stage", "steps", "tokens/s", "MFU"], lines)
 
 
-def arms(rows: Sequence[Row]) -> str:
-    """Delta CE of the arms of alignment by start, without gates and with them."""
-    columns = list(dict.fromkeys((row["kv"], row["budget"], row["gates"]) for row in rows))
-    columns.sort(key=lambda column: (-float(column[0].rstrip("%")), BUDGETS.index(column[1]), column[2]))
-    found: dict[str, dict[tuple[str, str, bool], list[float]]] = {}
+def arms(rows: Sequence[Row], kv: str = "25%") -> str:
+    """Delta CE at a cut of the arms of alignment by start, without gates and with them; mean and spread over seeds."""
+    found: dict[str, dict[tuple[str, bool], list[float]]] = {}
     for row in rows:
-        cells = found.setdefault(row["method"].removesuffix(" + gates"), {})
-        cells.setdefault((row["kv"], row["budget"], row["gates"]), []).append(row["delta_ce"])
-    best = sorted(found.items(), key=lambda item: min(map(min, item[1].values())))
-    names = [f"{kv}, {budget}{', gates' * gates}" for kv, budget, gates in columns]
-    return markdown(
-        ["start", *names], [[way, *(_mean(cells.get(column, [])) for column in columns)] for way, cells in best]
+        if row["kv"] == kv:
+            cells = found.setdefault(row["method"].removesuffix(" + gates"), {})
+            cells.setdefault((row["budget"], row["gates"]), []).append(row["delta_ce"])
+    columns = sorted(
+        {column for cells in found.values() for column in cells}, key=lambda c: (BUDGETS.index(c[0]), c[1])
     )
+    lines = [[way, *(_mean(cells.get(column, [])) for column in columns)] for way, cells in found.items()]
+    lines.sort(key=lambda line: next(float(cell.split()[0]) for cell in line[1:] if cell))
+    return markdown(["start", *(f"{budget}{', gates' * gates}" for budget, gates in columns)], lines)
 
 
 def tasks(rows: Sequence[Row]) -> str:
@@ -322,6 +322,8 @@ TABLES = {
     "ablation": ("dha.json", ablation),
     "speed": ("dha.json", speed),
     "arms": ("align.json", arms),
+    "arms at 50%": ("align.json", partial(arms, kv="50%")),
+    "arms at 12.5%": ("align.json", partial(arms, kv="12.5%")),
     "tasks": ("align_tasks.json", tasks),
     "decoding": ("decode_attention.json", decoding),
     "peers": ("decode_peers.json", peers),

@@ -39,8 +39,7 @@ from headfuse.training.run_folder import RunFolder, run_root
 from headfuse.training.teacher_cache import TopKDistillation, top_k_teacher
 from headfuse.training.trackers import Trackers
 
-# The rate that did best behind a refit on the 30M reference (LOG.md).
-HEALING = TrainingOptions(rate=1e-4)
+HEALING = TrainingOptions()
 
 
 @dataclass(frozen=True)

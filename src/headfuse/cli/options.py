@@ -69,7 +69,7 @@ TrainingTokens = Annotated[str, typer.Option(help="Training tokens, all stages t
 Rows = Annotated[int | None, typer.Option(help="Rows of a training step; default: about 128 steps.", min=1)]
 RowLength = Annotated[int, typer.Option(help="Tokens in a training row.", min=2)]
 Rate = Annotated[
-    float | None, typer.Option(help="Peak learning rate; default: 1e-4 behind a refit, more for worse starts.")
+    float | None, typer.Option(help="Peak learning rate; default: 2e-4 behind a refit, more for worse starts.")
 ]
 MicroRows = Annotated[int | None, typer.Option(help="Rows in memory at once on each device.", min=1)]
 LmWeight = Annotated[float, typer.Option(help="Share of next-token loss; the rest distils from the original.")]

@@ -120,7 +120,7 @@ PAPER = Learning(
 ALIGNED = Learning(start="original", grouping="closed-form", fusion_share=0.25, fusion_lm_weight=0.0)
 # Names of the stages that fuse the original heads; any other start is a sharing method's.
 FUSED_STARTS = {"delta": PAPER, "aligned": ALIGNED}
-FUSED_RATES = {"delta": 1e-3, "aligned": 3e-4}
+FUSED_RATES = {"delta": 1e-3, "aligned": 6e-4}
 
 
 def rate_for(settings: Settings, *, fused: str | None = None) -> float:
@@ -132,7 +132,7 @@ def rate_for(settings: Settings, *, fused: str | None = None) -> float:
     if fused is not None:
         return FUSED_RATES[fused]
     if settings.refit is not None:
-        return 1e-4
+        return TrainingOptions.rate
     return {"mean-pool": 1e-3, "procrustes": 5e-4}.get(settings.method, 3e-4)
 
 

@@ -17,17 +17,18 @@ class TrainingOptions:
     """One run: `tokens` in steps of `rows x length`, the learning rate, and what makes it fit.
 
     `rate` is the peak learning rate of the model's weights, reached after `warmup` of all steps and left by a cosine
-    for `final` of it. `update` "muon" orthogonalises the steps of the blocks' matrices; embeddings, biases and gains
-    always follow AdamW. `micro_rows` rows are in memory at once on each device (None: all of them). `save_every`
-    steps a checkpoint is written, if there is a run folder; 0 writes none. `compiled` compiles the blocks and the loss;
-    `captured` replays a step as one CUDA graph, which small models gain most from (one process on a GPU).
-    `deterministic` computes the same bits in every run on a GPU too, for some of the speed.
+    for `final` of it; the default did best behind a refit on the 30M reference (LOG.md). `update` "muon" orthogonalises
+    the steps of the blocks' matrices; embeddings, biases and gains always follow AdamW. `micro_rows` rows are in memory
+    at once on each device (None: all of them). `save_every` steps a checkpoint is written, if there is a run folder; 0
+    writes none. `compiled` compiles the blocks and the loss; `captured` replays a step as one CUDA graph, which small
+    models gain most from (one process on a GPU). `deterministic` computes the same bits in every run on a GPU too, for
+    some of the speed.
     """
 
     tokens: int = 1_000_000
     rows: int = 16
     length: int = 512
-    rate: float = 1e-4
+    rate: float = 2e-4
     warmup: float = 0.05
     final: float = 0.1
     update: Update = "adamw"
