@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from headfuse.errors import ConfigError, TrainingError
+from headfuse.progress import silent
 from headfuse.training.batches import Batches
 from headfuse.training.loop import train
 from headfuse.training.objectives import Distillation, LanguageModelling, Losses
@@ -224,6 +225,31 @@ def test_a_run_that_is_finished_ends_early_and_does_no_more_when_resumed(tmp_pat
     assert second.metrics == first.metrics
     assert second.losses == first.losses
     assert torch.equal(logits_of(again, tokens(1, 9)), logits_of(trained.model, tokens(1, 9)))
+
+
+class Converging(nn.Module):
+    """Next-token loss that counts its steps in a buffer, which a checkpoint brings back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = LanguageModelling()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, model, batch):
+        return self.inner(model, batch)
+
+
+def test_a_run_that_converged_ends_at_the_same_step_if_it_was_stopped_before(tmp_path):
+    def train_to_the_end(name, stages=silent):
+        objective = Converging()
+        watched = {"after_step": lambda: objective.steps.add_(1), "finished": lambda: int(objective.steps) >= 13}
+        return run(
+            trained_of(pico("llama"), objective, **watched), short(save_every=15), tmp_path / name, stages=stages
+        )
+
+    with pytest.raises(Stopped):
+        train_to_the_end("stopped", stopping(17))
+    assert train_to_the_end("stopped").steps == train_to_the_end("whole").steps == 20
 
 
 def test_a_run_that_reached_its_last_step_does_no_more_when_resumed(tmp_path):

@@ -154,7 +154,7 @@ def train(
         gradients = gradients_function(update, moved, captured=options.captured)
         done = start
         with stages(name, (options.steps - start) * options.step_tokens, "tokens") as advance:
-            while done < options.steps and not (_due(done, start) and trained.finished()):
+            while done < options.steps and not (done % LOOK_EVERY == 0 and trained.finished()):
                 factor = rate_factor(done, options.steps, warmup=options.warmup, final=options.final)
                 set_rates(optimizers, factor)
                 trained.before_step(done)
@@ -302,11 +302,6 @@ class _Watch:
             f"wanted a finite loss, got NaN or infinity at step {step}; {where}: lower the learning rate "
             f"({self.options.rate:g}) or look at the text there"
         )
-
-
-def _due(done: int, start: int) -> bool:
-    """Whether to ask if the run is finished, which waits for the device."""
-    return done == start or done % LOOK_EVERY == 0
 
 
 def _clip(groups: Sequence[ParameterGroup], limit: float) -> dict[str, Tensor]:
