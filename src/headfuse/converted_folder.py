@@ -13,7 +13,7 @@ from headfuse.checkpoints.source import Source
 from headfuse.checkpoints.write import write_checkpoint
 from headfuse.conversion import Converted
 from headfuse.folder import OutputFolder
-from headfuse.manifest import identify, manifest
+from headfuse.manifest import manifest
 from headfuse.models.dha.export import export_code
 
 
@@ -56,5 +56,4 @@ def write_records(
     """Plan, parity and manifest."""
     converted.plan.save(folder.plan)
     folder.parity.write_text(json.dumps(parity, indent=1) + "\n", encoding="utf-8")
-    identity = identify(source.folder, name=source.public_name, revision=source.revision)
-    manifest(list(command), seed=seed, source=identity, seconds=seconds).save(folder.manifest)
+    manifest(list(command), seed=seed, source=source.identity(), seconds=seconds).save(folder.manifest)

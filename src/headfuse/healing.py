@@ -22,7 +22,7 @@ from headfuse.checkpoints.validation import check_weights
 from headfuse.checkpoints.write import write_checkpoint
 from headfuse.errors import ConfigError
 from headfuse.folder import OutputFolder, check_output, writing
-from headfuse.manifest import fingerprint, identify, manifest, peak_memory
+from headfuse.manifest import manifest, peak_memory
 from headfuse.models.dha.decoupled_attention import DecoupledAttention
 from headfuse.placement import Placement
 from headfuse.progress import Stages, silent
@@ -139,8 +139,7 @@ def heal(
                 minimised = objective_for(text, guide, lm_weight, compiled=options.compiled)
             student = load_model(source, dtype=torch.float32, device=here.device)
             recipe = {"teacher": identity, "text": text.digest, "lm_weight": lm_weight, "teacher_top_k": teacher_top_k}
-            model = _identity(source) | {"sample": fingerprint(student)}
-            run = RunFolder(root, {"model": model} | recipe)
+            run = RunFolder(root, {"model": source.identity_of(student)} | recipe)
             seconds = {"load": time.monotonic() - started}
             report = heal_model(
                 student,
@@ -162,7 +161,7 @@ def heal(
                     made = manifest(
                         list(command),
                         seed=options.seed,
-                        source=identify(source.folder, name=source.public_name, revision=source.revision),
+                        source=source.identity(),
                         seconds=seconds,
                     )
                     made.save(folder.manifest)
@@ -228,10 +227,6 @@ def _text(
         read()
     here.wait()
     return read()
-
-
-def _identity(source: Source) -> dict[str, Any]:
-    return identify(source.folder, name=source.public_name, revision=source.revision).model_dump()
 
 
 def _write(

@@ -37,7 +37,7 @@ class Hardware(Record):
 
 
 class SourceIdentity(Record):
-    """Which model was converted. The hashes tell two checkpoints apart without reading their weights.
+    """Which model was converted, as far as its folder tells without reading weights: models of one shape look alike.
 
     `weights_sha256` maps each weight file to the hash of its safetensors header (names, shapes, types, offsets).
     """

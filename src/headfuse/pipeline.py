@@ -163,7 +163,7 @@ def _learned(
     seconds = {"statistics": time.monotonic() - started}
     shared = convert_heads(loaded, rows.tokens, settings, statistics=statistics, plan=planned, stages=stages)
     shared = replace(shared, seconds=shared.seconds | seconds)
-    return Learned(loaded, shared, {}) if trained is None else trained.train(loaded, settings, shared, statistics)
+    return Learned(loaded, shared, {}) if trained is None else trained.train(loaded, settings, shared, statistics, rows)
 
 
 def _spent(load: float, seconds: Mapping[str, float]) -> dict[str, float]:

@@ -11,7 +11,6 @@ from headfuse.checkpoints.loading import load_config, load_model, load_tokenizer
 from headfuse.checkpoints.source import locate
 from headfuse.checkpoints.validation import check_weights
 from headfuse.errors import ConfigError
-from headfuse.manifest import identify
 from headfuse.precision import Precision
 from headfuse.training.batches import PROBE
 from headfuse.training.objectives import check_teacher
@@ -49,7 +48,7 @@ def load_teacher(
         )
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = load_model(source, dtype=dtype, device=device)
-    return Teacher(model, identify(source.folder, name=source.public_name, revision=source.revision).model_dump())
+    return Teacher(model, source.identity_of(model))
 
 
 def _agree(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:

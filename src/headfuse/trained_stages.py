@@ -3,6 +3,7 @@
 DHA's are in `learning`, the one of "Align before merging" is in `pruning`.
 """
 
+import hashlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from headfuse.progress import Stages, silent
 from headfuse.pruning import Lesson, Pruning, check_prunable, prune_heads
 from headfuse.statistics.moments import LayerStatistics
 from headfuse.teacher import Teacher, load_teacher
+from headfuse.text.rows import TokenRows
 from headfuse.training.batches import Batches, TrainingRows, training_rows, training_text
 from headfuse.training.loop import NOWHERE
 from headfuse.training.processes import Processes
@@ -103,13 +105,19 @@ class TrainedStages:
         settings: Settings,
         shared: Converted | None = None,
         statistics: Sequence[LayerStatistics] | None = None,
+        rows: TokenRows | None = None,
     ) -> Learned:
-        """The trained model; `loaded` stays as it was. `shared` and its `statistics` are there if `shares_first`.
+        """The trained model; `loaded` stays as it was.
 
+        If `shares_first`, `shared` heads are there, with the `statistics` and calibration `rows` that they come from. A
+        resumed run must have the same: its checkpoints hold weights, which mean nothing to other groups of heads.
         Raises what `train` raises.
         """
         started = time.monotonic()
         learning, course = self.learning, self.course
+        if shared is not None and rows is not None:
+            plan = hashlib.sha256(shared.plan.model_dump_json().encode()).hexdigest()
+            course = replace(course, recipe=course.recipe | {"calibration": rows.digest(), "plan": plan})
         if isinstance(learning, Pruning):
             assert shared is not None, "convert_heads comes first"
             teacher = loaded.model if self.teacher is None else self.teacher.model

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from command_line import assert_refused
 from headfuse import progress
 from headfuse.evaluation.cache_bytes import measured_cache_bytes
+from headfuse.planning.plan import HeadPlan, LayerPlan
 from pico import pico
 from short_runs import stopping
 from tiny_tokenizer import VOCABULARY, tiny_tokenizer
@@ -81,12 +82,22 @@ def test_keys_that_a_norm_ties_together_are_refused_before_any_work(convert, tmp
         assert_nothing_written(tmp_path)
 
 
-def test_a_conversion_that_was_interrupted_in_training_is_resumed(convert, tmp_path, monkeypatch):
+@pytest.fixture
+def interrupted(convert, monkeypatch):
+    """The outcome of a conversion that was stopped between two checkpoints of its healing."""
+
+    def command(*options):
+        with monkeypatch.context() as patch:
+            stages = stopping(7, step_tokens=128, name="healing", error=KeyboardInterrupt)
+            patch.setattr(progress, "for_terminal", lambda: stages)
+            return convert(*options)
+
+    return command
+
+
+def test_a_conversion_that_was_interrupted_in_training_is_resumed(convert, interrupted, tmp_path):
     learn = (*LEARN, "--save-every", "5")
-    with monkeypatch.context() as patch:
-        stages = stopping(7, step_tokens=128, name="healing", error=KeyboardInterrupt)
-        patch.setattr(progress, "for_terminal", lambda: stages)
-        outcome = convert(*learn)
+    outcome = interrupted(*learn)
     assert outcome.code == 130
     assert outcome.err.startswith("headfuse: interrupted; the run is kept in ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.run"]
@@ -97,3 +108,41 @@ def test_a_conversion_that_was_interrupted_in_training_is_resumed(convert, tmp_p
     found, wanted = (load_file(tmp_path / name / WEIGHTS) for name in ("out", "whole"))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert not (tmp_path / "out.run").exists()
+
+
+@pytest.fixture
+def another(text, tmp_path):
+    """What a run may be resumed with by mistake: a model of the same shape, a text, a plan; beside the first plan."""
+    folder = tmp_path / "another"
+    model = pico("llama", vocab_size=VOCABULARY, bos_token_id=0)
+    model.lm_head.weight.data += 0.1
+    model.save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(text.read_text().replace("cat", "other"))
+    for name, key_map in (("first.json", (0, 0, 1, 1)), ("plan.json", (0, 1, 0, 1))):
+        layers = (LayerPlan(key_map=key_map, value_map=(0, 1, 1, 0)),) * 2
+        HeadPlan(target="dha", head_dim=8, layers=layers).save(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "word"),
+    [
+        ("source", "model", "model.sample"),
+        ("--data", "text.txt", "text"),
+        ("--calibration", "text.txt", "calibration"),
+        ("--plan", "plan.json", "plan"),
+        ("--refit", None, "settings.refit.steps"),
+        ("--lm-weight", 0.5, "learning.lm_weight"),
+    ],
+)
+def test_a_run_is_not_resumed_into_another_model(convert, interrupted, another, text, option, value, word):
+    learn = (*LEARN, "--save-every", "5", "--data", text, "--plan", another / "first.json")
+    assert interrupted(*learn).code == 130
+    given = another / value if isinstance(value, str) else value
+    if option == "source":
+        outcome = convert(*learn, source=given)
+    else:
+        outcome = convert(*learn, option, *(() if value is None else (given,)))
+    assert_refused(outcome, "another recipe", f"{word}: ", quiet=False)
+    assert convert(*learn).code == 0

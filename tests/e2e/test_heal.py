@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import headfuse
@@ -253,6 +254,19 @@ def test_an_interruption_after_a_checkpoint_says_where_it_is_and_another_recipe_
     assert left_behind(tmp_path) == ["healed.run"]
     assert heal("--save-every", "4").code == 0
     assert losses(tmp_path / "healed") == losses(whole)
+
+
+@pytest.mark.parametrize("changed", ["teacher", "text", "model"])
+def test_a_run_is_not_resumed_with_another_model_or_text(heal, interrupted, converted, model, tmp_path, changed):
+    assert interrupted("--save-every", "4", after=6).code == 130
+    other = shutil.copytree(converted if changed == "model" else model, tmp_path / "other")
+    weights = load_file(other / WEIGHTS)
+    save_file(weights | {"lm_head.weight": weights["lm_head.weight"] + 0.1}, other / WEIGHTS, {"format": "pt"})
+    np.save(tmp_path / "ids.npy", learnable_tokens(STEPS * ROWS * LENGTH + 1, VOCABULARY)[::-1])
+    folders = {"teacher": {"teacher": other}, "model": {"source": other}, "text": {}}[changed]
+    text = ("--data", tmp_path / "ids.npy") if changed == "text" else ()
+    word = "text" if changed == "text" else f"{changed}.sample"
+    assert_refused(heal("--save-every", "4", *text, **folders), "another recipe", f"{word}: ", quiet=False)
 
 
 @pytest.mark.slow

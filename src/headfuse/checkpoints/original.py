@@ -10,7 +10,6 @@ from headfuse.checkpoints.loading import load_model, load_tokenizer
 from headfuse.checkpoints.opened import LoadedModel
 from headfuse.checkpoints.registry import adapter_for
 from headfuse.checkpoints.source import Source
-from headfuse.manifest import fingerprint, identify
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,7 @@ class Original:
         """Load a model. Raises what `load_model`, `adapter_for` and `load_tokenizer` raise."""
         model = load_model(source, dtype=torch.float32, device=device)
         loaded = LoadedModel.of(model, adapter_for(model.config))
-        identity = identify(source.folder, name=source.public_name).model_dump() | {"sample": fingerprint(model)}
-        return cls(loaded, load_tokenizer(source), identity)
+        return cls(loaded, load_tokenizer(source), source.identity_of(model))
 
     @property
     def config(self) -> PreTrainedConfig:

@@ -8,10 +8,14 @@ import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from headfuse.checkpoints.smollm2 import smollm2_folder
 from headfuse.errors import CheckpointError
+from headfuse.manifest import SourceIdentity, fingerprint, identify
+
+if TYPE_CHECKING:
+    from torch import nn  # finding a model needs none of it
 
 SourceKind = Literal["folder", "hub", "demo", "smollm2"]
 
@@ -53,6 +57,14 @@ class Source:
         """Size of the weight files: safetensors, or pickles where there are none."""
         files = [*self.folder.glob("*.safetensors")] or [*self.folder.glob("*.bin")]
         return sum(file.stat().st_size for file in files)
+
+    def identity(self) -> SourceIdentity:
+        """Which model this is, without its weights."""
+        return identify(self.folder, name=self.public_name, revision=self.revision)
+
+    def identity_of(self, model: "nn.Module") -> dict[str, Any]:
+        """Which model this is, with a sample of its loaded weights; JSON-ready. Tells two models of one shape apart."""
+        return self.identity().model_dump() | {"sample": fingerprint(model)}
 
 
 def locate(model: str, *, allow_pickle: bool = False) -> Source:
