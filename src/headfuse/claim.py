@@ -32,11 +32,21 @@ def abandoned(folder: Path) -> bool:
 
     False where that cannot be told: without a claim, with one of another host, where files cannot be locked.
     """
+    return _lock_of(folder) is True
+
+
+def occupied(folder: Path) -> bool:
+    """Whether a process on this host claimed `folder` and lives. False where that cannot be told, as above."""
+    return _lock_of(folder) is False
+
+
+def _lock_of(folder: Path) -> bool | None:
+    """Whether the lock of a claim on this host is free; None where that cannot be told."""
     try:
         with (folder / CLAIM).open("r+", encoding="utf-8") as file:  # network disks lock only what may be written
-            return file.read() == _here() and _locked(file)
+            return _locked(file) if file.read() == _here() else None
     except OSError:
-        return False
+        return None
 
 
 def _here() -> str:

@@ -1,15 +1,18 @@
 """The folder of a run: what may resume in it, and that a checkpoint brings everything back bit for bit."""
 
 import json
+import shutil
+from collections import namedtuple
 
 import pytest
 import torch
 from torch import nn
 
-from headfuse.errors import ConfigError
+from headfuse.errors import ConfigError, TrainingError
+from headfuse.training import run_folder
 from headfuse.training.optimizers import ParameterGroup, build_optimizers
 from headfuse.training.options import TrainingOptions
-from headfuse.training.run_folder import RunFolder, run_root
+from headfuse.training.run_folder import TEACHER, RunFolder, run_root
 from short_runs import HERE
 
 KINDS = {"adamw": ("adamw",), "muon": ("muon",), "both": ("muon", "adamw")}
@@ -180,3 +183,59 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written"), run_root(tmp_path / "file" / "run"):
         pytest.fail("nothing may run here")
+
+
+def test_a_teacher_s_tokens_are_worth_keeping(tmp_path):
+    with pytest.raises(KeyboardInterrupt) as raised, run_root(tmp_path / "run"):
+        (tmp_path / "run" / TEACHER).mkdir()
+        (tmp_path / "run" / TEACHER / "step-00000000.safetensors").touch()
+        raise KeyboardInterrupt
+    assert "is kept in" in raised.value.__notes__[0]
+    with run_root(tmp_path / "run"):
+        assert (tmp_path / "run" / TEACHER / "step-00000000.safetensors").exists()
+
+
+def test_one_command_at_a_time_has_a_run_and_a_stopped_one_leaves_it(tmp_path):
+    root = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt), run_root(root):
+        with pytest.raises(ConfigError, match="another command is at work"), run_root(root):
+            pytest.fail("nothing may run here")
+        with run_root(root / "inner", first=False):
+            checkpointed(root / "search", {}, {})
+        raise KeyboardInterrupt
+    with run_root(root):
+        assert RunFolder(root / "search").latest_step() == 1
+
+
+@pytest.mark.parametrize("file", ["checkpoints/step-00000001/__0_0.distcp", "recipe.json"])
+def test_a_damaged_run_is_refused_in_one_line_and_not_said_to_be_resumable(tmp_path, file):
+    root = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt), run_root(root):
+        checkpointed(root, {"text": "a long digest"}, {})
+        raise KeyboardInterrupt
+    (root / file).write_bytes((root / file).read_bytes()[:20])
+    with pytest.raises(ConfigError, match="cannot be read") as raised, run_root(root):
+        RunFolder(root, {"text": "a long digest"}).check_recipe({}, HERE)
+        RunFolder(root).restore(*made("adamw"), HERE)
+    assert f"delete {root} to start anew" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not hasattr(raised.value, "__notes__")
+
+
+def test_a_disk_that_is_too_small_is_refused_before_and_said_after(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    free = namedtuple("Usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free(23))
+    folder.check_space(0)
+    with pytest.raises(ConfigError, match="GB of disk for checkpoints"):
+        folder.check_space(1)
+    folder.save(1, *made("adamw"), HERE)
+    folder.check_space(1)  # one checkpoint is there already
+
+    def full(*_, **__):
+        raise RuntimeError("unexpected pos 704 vs 598\nand a long story")
+
+    monkeypatch.setattr(run_folder, "save", full)
+    with pytest.raises(TrainingError, match="checkpoint of step 2, got RuntimeError: unexpected pos 704 vs 598 with"):
+        folder.save(2, *made("adamw"), HERE)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]

@@ -143,6 +143,8 @@ def train(
         start = 0
         if run is not None:
             run.check_recipe(options.as_dict(), here)
+            if options.save_every:
+                run.check_space(sum(parameter.numel() for group in groups for parameter in group.parameters))
             start = run.restore(step_module, optimizers, here)
         following = (trackers if here.first else NOWHERE).following(name, options.as_dict(), first_step=start)
         follow = undo.enter_context(following)
