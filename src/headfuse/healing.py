@@ -35,7 +35,7 @@ from headfuse.training.loop import NOWHERE, Trained, TrainingReport, check_lengt
 from headfuse.training.objectives import Objective, check_lm_weight
 from headfuse.training.options import TrainingOptions
 from headfuse.training.processes import Processes, processes
-from headfuse.training.run_folder import RunFolder, run_root
+from headfuse.training.run_folder import TEACHER, RunFolder, run_root
 from headfuse.training.teacher_cache import TopKDistillation, top_k_teacher
 from headfuse.training.trackers import Trackers
 
@@ -119,7 +119,7 @@ def heal(
     device, precision = (placement or Placement()).resolve()
     prepare_products(deterministic=options.deterministic)
     check_lm_weight(lm_weight)
-    _check_recordable(data, teacher_top_k)
+    _check_recordable(data, teacher_top_k, options)
     source = locate(str(converted))
     check_weights(source.folder)
     space = {"needed_bytes": source.weight_bytes}
@@ -133,7 +133,8 @@ def heal(
             text = _text(source, data, options, config.vocab_size, root, here)
             batches = Batches.of(text, options)
             if guide is not None and teacher_top_k is not None:
-                minimised = _recorded(guide, batches, root / "teacher", here, teacher_top_k, lm_weight, watching)
+                kept = {"k": teacher_top_k, "micro_rows": options.micro_rows or batches.rows // here.world}
+                minimised = _recorded(guide, batches, root / TEACHER, here, kept, lm_weight, watching)
                 guide = None
             else:
                 minimised = objective_for(text, guide, lm_weight, compiled=options.compiled)
@@ -169,8 +170,15 @@ def heal(
     return Healing(out, report, seconds, peak_memory()) if here.first else None
 
 
-def _check_recordable(data: str | None, teacher_top_k: int | None) -> None:
-    if teacher_top_k is not None and holds_examples(data):
+def _check_recordable(data: str | None, teacher_top_k: int | None, options: TrainingOptions) -> None:
+    if teacher_top_k is None:
+        return
+    if options.captured:
+        raise ConfigError(
+            "wanted steps to capture, got a teacher whose tokens every step reads from disk; leave --capture or "
+            "--teacher-top-k out"
+        )
+    if holds_examples(data):
         raise ConfigError(
             f"wanted plain text to keep a teacher's likeliest tokens of, got the examples of {data}; leave "
             "--teacher-top-k out"
@@ -201,12 +209,12 @@ def _recorded(
     batches: Batches,
     folder: Path,
     here: Processes,
-    k: int,
+    kept: Mapping[str, Any],
     lm_weight: float,
     stages: Stages,
 ) -> TopKDistillation:
     """The objective of a teacher that has said all it has to say, and is gone from the device."""
-    top_k_teacher(teacher, batches, folder, here, k=k, stages=stages)
+    top_k_teacher(teacher, batches, folder, here, **kept, stages=stages)
     teacher.cpu()
     here.wait()
     return TopKDistillation(folder, lm_weight=lm_weight)

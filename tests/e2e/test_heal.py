@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import headfuse
 from command_line import assert_refused
-from headfuse import progress
+from headfuse import healing, progress
 from headfuse.manifest import Manifest
 from headfuse.planning.plan import HeadPlan
 from headfuse.training.run_folder import RunFolder
@@ -124,6 +124,20 @@ def test_a_teacher_s_likeliest_tokens_heal_like_the_teacher_and_leave_no_folder(
     assert [path.name for path in tmp_path.iterdir()] == ["healed"]
 
 
+@pytest.mark.parametrize(("options", "rows"), [((), ROWS), (("--micro-rows", "2"), 2)])
+def test_the_teacher_sees_no_more_rows_at_once_than_the_student(heal, monkeypatch, options, rows):
+    seen, record = [], healing.top_k_teacher
+
+    def watched(teacher, *arguments, **named):
+        embed = teacher.get_input_embeddings()
+        with embed.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]))):
+            record(teacher, *arguments, **named)
+
+    monkeypatch.setattr(healing, "top_k_teacher", watched)
+    assert heal("--teacher-top-k", "4", *options).code == 0
+    assert max(seen) == rows
+
+
 def test_people_get_a_table(heal):
     outcome = heal()
     assert outcome.code == 0, outcome.err
@@ -188,6 +202,7 @@ def test_two_processes_under_torchrun_write_the_weights_of_one(heal, shared_fold
         (("--data", "absent.txt"), ("no such file",)),
         (("--teacher", "absent"), ("absent",)),
         (("--device", "banana"), ("banana",)),
+        (("--capture", "--teacher-top-k", "4"), ("--capture or --teacher-top-k",)),
     ],
     ids=str,
 )

@@ -169,3 +169,12 @@ def test_what_is_missing_or_of_another_teacher_is_an_error(tmp_path, models):
     with pytest.raises(ConfigError, match="wanted entries of a teacher with the student's 97 tokens, got 96"):
         objective(pico("llama", vocab_size=97), make_batches().batch(0))
     assert json.loads((tmp_path / "teacher.json").read_text())["k"] == 8
+
+
+def test_a_teacher_in_bf16_is_recorded_and_read_in_bf16(tmp_path, models):
+    student, teacher = models
+    batches, here = make_batches(), Processes(torch.device("cpu"), "bf16")
+    fill(teacher, batches, tmp_path, here, k=8, micro_rows=3)
+    with precision_context(here.device, here.precision):
+        found = TopKDistillation(tmp_path)(student, batches.batch(0))
+    assert torch.isfinite(found.total)

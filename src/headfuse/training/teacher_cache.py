@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from headfuse.errors import ConfigError
 from headfuse.manifest import fingerprint
-from headfuse.precision import precision_context
+from headfuse.precision import Precision, precision_context
 from headfuse.progress import Stages, silent
 from headfuse.training.batches import Batches
 from headfuse.training.chunked_loss import CHUNK_BYTES, OutputLayer, mean_over_chunks, project
@@ -61,16 +61,15 @@ def top_k_teacher(
     _describe(folder, {"k": k, "vocab_size": vocab_size, "dtype": str(dtype), "teacher": fingerprint(teacher)})
     known = set(_index(folder))
     steps = range(here.rank, batches.steps, here.world)
-    with (
-        precision_context(teacher.device, here.precision),
-        stages("teacher", len(steps) * batches.rows * batches.length, "tokens") as advance,
-    ):
+    with stages("teacher", len(steps) * batches.rows * batches.length, "tokens") as advance:
         for step in steps:
             rows = {key: row for row in batches.batch(step) if (key := row_key(row)) not in known}
             known |= rows.keys()
             if rows:
                 tokens = torch.stack(list(rows.values()))
-                parts = [_top_k(teacher, part, k, dtype) for part in tokens.split(micro_rows or len(tokens))]
+                parts = [
+                    _top_k(teacher, part, k, dtype, here.precision) for part in tokens.split(micro_rows or len(tokens))
+                ]
                 names = ("indices", "log_probs", "rest")
                 entries = {
                     name: torch.cat(column) for name, column in zip(names, zip(*parts, strict=True), strict=True)
@@ -162,6 +161,7 @@ class TopKDistillation:
         lm, kl = found.parts
         return Losses(found.total, {"lm": lm, "kl_top_k": kl})
 
+    @torch.autocast("cpu", enabled=False)  # which joins no tensors of fp16
     def _entries(self, tokens: Int64[Tensor, "B T+1"]) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids `[B * T, k]`, their log-probabilities, and the log of the rest `[B * T]`, in the rows' order."""
         keys = [row_key(row) for row in tokens.cpu()]
@@ -183,15 +183,18 @@ class TopKDistillation:
 
 
 @torch.no_grad()
-def _top_k(teacher: PreTrainedModel, tokens: Int64[Tensor, "B T+1"], k: int, dtype: torch.dtype) -> Sequence[Tensor]:
+def _top_k(
+    teacher: PreTrainedModel, tokens: Int64[Tensor, "B T+1"], k: int, dtype: torch.dtype, precision: Precision
+) -> Sequence[Tensor]:
     """Token ids and log-probabilities `[B, T, k]`, and the log of what is left over `[B, T]`, on the CPU."""
-    hidden, layer = last_hidden(teacher, tokens.to(teacher.device))
     parts = []
-    for chunk in hidden.split(max(1, CHUNK_BYTES // (4 * len(layer.weight)))):
-        log_p = F.log_softmax(project(chunk, layer), dim=-1)
-        kept = log_p.topk(k, dim=-1)
-        rest = log_p.scatter(-1, kept.indices, -torch.inf).logsumexp(-1)
-        parts.append((kept.indices.int().cpu(), kept.values.to(dtype).cpu(), rest.cpu()))
+    with precision_context(teacher.device, precision):
+        hidden, layer = last_hidden(teacher, tokens.to(teacher.device))
+        for chunk in hidden.split(max(1, CHUNK_BYTES // (4 * len(layer.weight)))):
+            log_p = F.log_softmax(project(chunk, layer), dim=-1)
+            kept = log_p.topk(k, dim=-1)
+            rest = log_p.scatter(-1, kept.indices, -torch.inf).logsumexp(-1)
+            parts.append((kept.indices.int().cpu(), kept.values.to(dtype).cpu(), rest.cpu()))
     return [torch.cat(column).unflatten(0, (len(tokens), -1)) for column in zip(*parts, strict=True)]
 
 
