@@ -45,6 +45,11 @@ def test_rows_make_about_128_steps_and_stay_below_the_largest_step(tokens, lengt
     assert rows * length <= max(LARGEST_STEP, length)
 
 
+def test_rows_are_shared_evenly_by_processes():
+    assert [rows_for(41_000, 512, world) for world in (1, 2, 3)] == [1, 2, 3]
+    assert [rows_for(1_000_000, 512, world) for world in (1, 2, 3)] == [8, 8, 9]
+
+
 def test_a_budget_is_spent_in_whole_steps():
     options = TrainingOptions(tokens=1000, rows=3, length=50)
     assert (options.step_tokens, options.steps) == (150, 6)

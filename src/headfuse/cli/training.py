@@ -13,10 +13,11 @@ def training_options(
 ) -> "TrainingOptions":
     """Training options with the defaults that depend on others."""
     from headfuse.training.options import TrainingOptions, rows_for
+    from headfuse.training.processes import world_size
 
     return TrainingOptions(
         tokens=tokens,
-        rows=rows or rows_for(tokens, length),
+        rows=rows or rows_for(tokens, length, world_size()),
         length=length,
         rate=rate,
         update=update.value,

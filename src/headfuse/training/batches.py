@@ -211,7 +211,8 @@ class Batches:
         assert 0 <= rank < world
         if self.rows % world:
             raise ConfigError(
-                f"wanted rows that {world} processes can share evenly, got {self.rows}; use a multiple of {world}"
+                f"wanted rows that {world} processes can share evenly, got {self.rows}; take a multiple of {world} "
+                "(--rows)"
             )
         share = self.rows // world
         there = self.text.num_rows(self.length)

@@ -80,13 +80,13 @@ class TrainingOptions:
         return asdict(self) | {"betas": list(self.betas)}
 
 
-def rows_for(tokens: int, length: int) -> int:
-    """Rows of a step that fit a budget: about 128 steps, of at most 32k tokens.
+def rows_for(tokens: int, length: int, world: int = 1) -> int:
+    """Rows of a step that fit a budget and that `world` processes share evenly: about 128 steps, of at most 32k tokens.
 
     Small budgets need steps more than they need large ones; large ones gain from a batch that keeps a GPU busy.
     """
     rows = min(tokens // STEPS, LARGEST_STEP) // length
-    return 1 << max(0, rows.bit_length() - 1)
+    return -(-(1 << max(0, rows.bit_length() - 1)) // world) * world
 
 
 def rate_factor(step: int, steps: int, *, warmup: float, final: float) -> float:

@@ -42,10 +42,14 @@ class Processes:
         return values
 
 
+def world_size() -> int:
+    """How many processes torchrun started together; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def check_alone() -> None:
     """Raise ConfigError if torchrun started this process with others."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
+    if (world := world_size()) > 1:
         raise ConfigError(
             f"wanted one process to convert, got {world}; convert without torchrun, then `headfuse heal` under it"
         )
@@ -54,7 +58,7 @@ def check_alone() -> None:
 @contextmanager
 def processes(device: torch.device, precision: Precision = "fp32") -> Iterator[Processes]:
     """The processes of this run: those of torchrun, each on the GPU of its local rank, or this one on `device`."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     if world == 1:
         yield Processes(device, precision)
         return
