@@ -187,6 +187,16 @@ def test_every_route_gives_the_promised_heads_within_its_tokens_and_leaves_the_o
     assert set(learned.reports) == stages
 
 
+def test_no_stage_reads_the_text_in_the_order_of_another(monkeypatch):
+    seen, plain = [], Course.train
+    monkeypatch.setattr(
+        Course, "train", lambda self, t, batches, *rest: seen.append(batches) or plain(self, t, batches, *rest)
+    )
+    learn(SEARCHED)
+    first = [tuple(batches.batch(0)[0].tolist()) for batches in seen]
+    assert len(first) == len(set(first)) == 3
+
+
 def test_two_levels_reach_a_quarter_by_a_half():
     learned = learn(replace(SEARCHED, levels=2), replace(HALF, share=Fraction(1, 4)))
     assert counts(learned) == [(1, 1), (1, 1)]

@@ -187,6 +187,8 @@ def test_the_merged_heads_learn_at_twice_the_rate_and_gates_at_their_own(monkeyp
     assert [name for name, group in seen.items() if group.decayed] == ["model"]
     counted = [parameter for group in seen.values() for parameter in group.parameters]
     assert len(counted) == len({id(parameter) for parameter in counted})
+    prune(replace(PRUNING, gate_rate=0.5))
+    assert seen["gates"].rate == 0.5
 
 
 def test_training_brings_the_pruned_model_nearer_to_the_original():
