@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -77,13 +76,9 @@ def heal_model(
     for module in student.modules():
         if isinstance(module, DecoupledAttention):
             module.place_maps()
-    teaching = () if teacher is None else list(_blocks(teacher))
-    trained = Trained(student, _blocks(student), minimised, teacher=teacher, teacher_blocks=teaching)
+    blocks = decoder_layers(student, adapter_of_converted(student.config))
+    trained = Trained(student, blocks, minimised, teacher=teacher)
     return train(trained, batches, options, here, run=run, name="healing", trackers=trackers, stages=stages)
-
-
-def _blocks(model: PreTrainedModel) -> nn.ModuleList:
-    return decoder_layers(model, adapter_of_converted(model.config))
 
 
 def heal(

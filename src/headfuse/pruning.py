@@ -9,7 +9,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -18,7 +18,6 @@ from headfuse.checkpoints.assembly import decoder_layers
 from headfuse.checkpoints.attention import attention_of, attention_replaced
 from headfuse.checkpoints.heads import AttentionHeads
 from headfuse.checkpoints.opened import LoadedModel
-from headfuse.checkpoints.registry import adapter_of_converted
 from headfuse.conversion import Converted, Settings, aligned_heads, check_reachable, groups_of_plan
 from headfuse.course import Course, Learned
 from headfuse.errors import ConfigError
@@ -109,13 +108,6 @@ class Lesson:
         minimised = objective_for(rows, teacher, lm_weight, compiled=training.compiled)
         return cls(minimised, Batches.of(rows, training), None if lm_weight == 1 else teacher)
 
-    def teaching(self) -> dict[str, Any]:
-        """What `Trained` is told of the teacher."""
-        if self.teacher is None:
-            return {}
-        blocks = decoder_layers(self.teacher, adapter_of_converted(self.teacher.config))
-        return {"teacher": self.teacher, "teacher_blocks": list(blocks)}
-
 
 def sharing_method(init: str) -> str:
     """The sharing method of a start; ConfigError lists the known starts."""
@@ -202,7 +194,7 @@ def _trained(
     """The student with its shared heads, gates and multipliers as groups of their own."""
     model, blocks = student.model, decoder_layers(student.model, student.adapter)
     if not pruning.gates:
-        return Trained(model, blocks, lesson.minimised, lambda: _shared(modules, pruning), **lesson.teaching())
+        return Trained(model, blocks, lesson.minimised, lambda: _shared(modules, pruning), teacher=lesson.teacher)
     training, kind = pruning.training, DISTRIBUTIONS[pruning.distribution]
     generator = torch.Generator().manual_seed(training.seed)
     gates = Gates(len(modules), student.heads[0].num_key_heads, kind, generator=generator)
@@ -228,7 +220,7 @@ def _trained(
         own_groups=groups,
         before_step=controller.before_step,
         after_step=controller.after_step,
-        **lesson.teaching(),
+        teacher=lesson.teacher,
     )
 
 

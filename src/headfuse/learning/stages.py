@@ -127,7 +127,7 @@ class Stages:
                     after_step=fusing.after_step,
                     finished=fusing.finished,
                     measure=partial(_health, projections, groups),
-                    **self._teaching(learning.fusion_lm_weight),
+                    teacher=self._teacher(learning.fusion_lm_weight),
                 )
                 self._train(trained, options, stage)
             return [
@@ -145,7 +145,7 @@ class Stages:
                 self.student.model,
                 self._blocks(),
                 self._objective(learning.lm_weight),
-                **self._teaching(learning.lm_weight),
+                teacher=self._teacher(learning.lm_weight),
             )
             self._train(trained, replace(training, tokens=self.tokens_left), "healing")
         return [heads_of(module, layer) for module, layer in zip(modules, heads, strict=True)]
@@ -162,12 +162,6 @@ class Stages:
 
     def _teacher(self, lm_weight: float) -> PreTrainedModel | None:
         return None if lm_weight == 1 else self.original.model
-
-    def _teaching(self, lm_weight: float) -> dict[str, Any]:
-        """What `Trained` is told of the teacher."""
-        if lm_weight == 1:
-            return {}
-        return {"teacher": self.original.model, "teacher_blocks": [block for block, _ in self.original.layers]}
 
     def _blocks(self) -> nn.ModuleList:
         return decoder_layers(self.student.model, self.student.adapter)

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from headfuse.checkpoints.assembly import decoder_layers
 from headfuse.checkpoints.loading import positions_of
+from headfuse.checkpoints.registry import adapter_of_converted
 from headfuse.errors import ConfigError, TrainingError
 from headfuse.models.compiled import calling, compiled_calls
 from headfuse.precision import precision_context
@@ -68,8 +70,8 @@ class Trained:
     whether all others are trained too. `before_step` is told the number of the step that comes (schedules live
     there), `after_step` runs behind every update (multipliers are kept above zero there);
     `finished`, asked now and then, ends the run early. An objective that is a module is stored with the model.
-    `measure` gives further numbers for the log where it is looked at; `teacher` is named to count
-    its work and its blocks to be compiled.
+    `measure` gives further numbers for the log where it is looked at; `teacher` is named to count its work and to be
+    compiled too.
     """
 
     model: PreTrainedModel
@@ -82,12 +84,17 @@ class Trained:
     finished: Callable[[], bool] = lambda: False
     measure: Callable[[], dict[str, float]] = dict
     teacher: PreTrainedModel | None = None
-    teacher_blocks: Sequence[nn.Module] = ()
 
     def operations(self, length: int) -> float:
         """Operations that a token of a row of that length costs, the teacher's among them."""
         found = flops_per_token(self.model, length) * TRAINING_PASSES
         return found if self.teacher is None else found + flops_per_token(self.teacher, length)
+
+    def all_blocks(self) -> list[nn.Module]:
+        """The blocks of the model and of its teacher."""
+        if self.teacher is None:
+            return list(self.blocks)
+        return [*self.blocks, *decoder_layers(self.teacher, adapter_of_converted(self.teacher.config))]
 
     def groups(self, options: TrainingOptions) -> list[ParameterGroup]:
         """Every parameter that moves, and nothing else made to want gradients."""
@@ -205,7 +212,7 @@ def _prepared(trained: Trained, options: TrainingOptions, here: Processes) -> It
     """
     trained.model.eval()
     module = _Step(trained.model, trained.objective)
-    compiled = [*trained.blocks, *trained.teacher_blocks] if options.compiled else []
+    compiled = trained.all_blocks() if options.compiled else []
     with ExitStack() as undo:
         if options.checkpoint_activations:
             for block in trained.blocks:
