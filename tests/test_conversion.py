@@ -262,6 +262,12 @@ def test_statistics_can_be_reused():
     assert equal_heads(reused.heads, convert_heads(loaded, ROWS, settings()).heads)
 
 
+@pytest.mark.parametrize(("family", "wanted"), [("llama", False), ("olmo2", False), ("qwen3", True)])
+def test_moments_of_unit_rows_are_gathered_for_norms_over_each_head_alone(family, wanted):
+    statistics = gather_statistics(opened(pico(family)), ROWS, settings())
+    assert all((entry.unit_key_planes is not None) == wanted for entry in statistics)
+
+
 def test_procrustes_by_cosine_gathers_what_it_needs():
     loaded = opened(pico("llama"))
     converted = convert_heads(loaded, ROWS, settings("procrustes", options=SharingOptions(criterion="cos")))

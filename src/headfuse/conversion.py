@@ -132,8 +132,8 @@ def gather_statistics(
 
 
 def needs_unit_rows(loaded: LoadedModel, settings: Settings) -> bool:
-    """Whether the statistics must hold the moments of unit-length rows: behind q/k norms, and for criterion cos."""
-    normed = loaded.heads[0].traits.qk_norm != "none"
+    """Whether the statistics must hold the moments of unit-length rows: for norms over each head and criterion cos."""
+    normed = loaded.heads[0].traits.qk_norm == "head"
     return normed or (settings.method == "procrustes" and settings.options.criterion == "cos")
 
 

@@ -214,6 +214,26 @@ def test_the_price_behind_a_norm_is_that_of_the_best_stand_in_for_unit_keys(case
     assert price(group) == pytest.approx(min(costs), rel=1e-6, abs=1e-9)
 
 
+def gained(heads: AttentionHeads) -> AttentionHeads:
+    """Queries and keys times their gains: what a norm over all heads leaves, but for its factor."""
+    assert heads.q_norm is not None
+    assert heads.k_norm is not None
+    gains = {"q": heads.q_norm, "k": heads.k_norm}
+    biases = {
+        f"{name}_bias": bias * gains[name] for name in gains if (bias := getattr(heads, f"{name}_bias")) is not None
+    }
+    return replace(heads, q=heads.q * gains["q"][..., None], k=heads.k * gains["k"][..., None], **biases)
+
+
+@given(cases_with_groups(qk_norm="all"))
+def test_the_price_behind_a_norm_over_all_heads_is_the_residual_of_the_chosen_keys(drawn):
+    case, groups = drawn
+    shared = closed_form(case.heads, case.moments, groups)
+    price = sum(map(key_price(case.moments, movable=False), groups.keys))
+    residual = key_residual(gained(case.heads), gained(shared), case.x)
+    assert price == pytest.approx(residual, rel=1e-6, abs=1e-9 * scale(case))
+
+
 @given(cases_with_groups(), st.randoms(use_true_random=False))
 def test_order_of_groups_and_members_does_not_matter(drawn, random):
     case, groups = drawn

@@ -1,5 +1,6 @@
 """The methods by name: what each groups on, and that nothing happens where nothing is shared."""
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -93,6 +94,17 @@ def test_copies_are_found_and_grouped(name, target):
     heads = with_copies(layer_of().heads, HeadGroups(wanted, wanted))
     layer = SourceLayer.of(heads, statistics_of(heads, random_input(seeded(4), heads.hidden_size)))
     assert grouped(layer, (3, 3), name, target=target) == HeadGroups(wanted, wanted)
+
+
+@pytest.mark.parametrize("name", ["procrustes", "closed-form"])
+def test_keys_that_differ_in_size_alone_are_no_copies_behind_a_norm_over_all_heads(name):
+    heads = random_heads(seeded(3), qk_norm="all")
+    key = heads.k.clone()
+    key[1] = 0.1 * key[0]
+    key[3] = key[2] + 0.05 * torch.randn(key[2].shape, generator=seeded(5), dtype=key.dtype)
+    heads = replace(heads, k=key, k_norm=torch.ones_like(key[..., 0]))
+    layer = SourceLayer.of(heads, statistics_of(heads, random_input(seeded(4), heads.hidden_size)))
+    assert grouped(layer, (3, 4), name).keys == ((0,), (1,), (2, 3))
 
 
 def test_mean_pool_groups_neighbours():

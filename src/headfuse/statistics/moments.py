@@ -62,14 +62,20 @@ def from_planes(complex_rows: Complex[Tensor, "n F D"], rest: Float[Tensor, "n r
 def head_moments(heads: AttentionHeads, statistics: LayerStatistics) -> HeadMoments:
     """Every Gram of `heads` from the input moment; exact up to fp64 rounding.
 
-    Behind a q/k norm, keys have unit mean square whatever the projection's scale: their Grams are then those of the
-    unit-length rows, if collected, and every reading query counts alike (the norm's gains are left out).
+    Behind a norm over each head, keys have unit mean square whatever the projection's scale: their Grams are then those
+    of the unit-length rows, if collected, and every reading query counts alike (the norm's gains are left out). A norm
+    over all heads at once keeps their relative sizes: keys and queries are then times their gains, and the norm's
+    factor, one a token for all heads, is taken as the same for every token.
     """
     moment, rotary_dim = statistics.moment, heads.traits.rotary_dim
     moment = moment.to(heads.q.device)
     query, key, value = (
         extended(w, b) for w, b in ((heads.q, heads.q_bias), (heads.k, heads.k_bias), (heads.v, heads.v_bias))
     )
+    if heads.traits.qk_norm == "all":
+        assert heads.q_norm is not None
+        assert heads.k_norm is not None
+        query, key = query * heads.q_norm.double()[..., None], key * heads.k_norm.double()[..., None]
     complex_moment = moment.to(torch.complex128)
     key_c, query_c = planes(key, rotary_dim), planes(query, rotary_dim)
     key_r, query_r = key[:, rotary_dim:], query[:, rotary_dim:]
@@ -90,7 +96,7 @@ def head_moments(heads: AttentionHeads, statistics: LayerStatistics) -> HeadMome
         query_rest=query_rest,
         output_metric=metric.new_zeros(heads.num_value_heads, *metric.shape[1:]).index_add_(0, value_map, metric),
     )
-    return found if heads.traits.qk_norm == "none" else _behind_norm(heads, found, statistics)
+    return _behind_norm(heads, found, statistics) if heads.traits.qk_norm == "head" else found
 
 
 def _behind_norm(heads: AttentionHeads, moments: HeadMoments, statistics: LayerStatistics) -> HeadMoments:
