@@ -197,9 +197,9 @@ def test_gains_over_all_heads_go_with_the_chosen_key(drawn):
     shared = closed_form(case.heads, case.moments, groups)
     assert case.heads.k_norm is not None
     assert shared.k_norm is not None
-    for key, gain in zip(shared.k, shared.k_norm, strict=True):
-        member = next(i for i, source in enumerate(case.heads.k) if torch.equal(source, key))
-        assert torch.equal(gain, case.heads.k_norm[member])
+    members = [next(i for i, source in enumerate(case.heads.k) if torch.equal(source, key)) for key in shared.k]
+    ratio = shared.k_norm / case.heads.k_norm[members]
+    assert_close(ratio, ratio[:1, :1].expand_as(ratio))
 
 
 @given(head_cases(qk_norm="head"))
@@ -214,11 +214,12 @@ def test_the_price_behind_a_norm_is_that_of_the_best_stand_in_for_unit_keys(case
     assert price(group) == pytest.approx(min(costs), rel=1e-6, abs=1e-9)
 
 
-def gained(heads: AttentionHeads) -> AttentionHeads:
-    """Queries and keys times their gains: what a norm over all heads leaves, but for its factor."""
+def gained(heads: AttentionHeads, x: torch.Tensor) -> AttentionHeads:
+    """Queries times their gains, keys too and over their size, all heads and tokens together."""
     assert heads.q_norm is not None
     assert heads.k_norm is not None
-    gains = {"q": heads.q_norm, "k": heads.k_norm}
+    size = project(heads.k, heads.k_bias, x).pow(2).mean().sqrt()
+    gains = {"q": heads.q_norm, "k": heads.k_norm / size}
     biases = {
         f"{name}_bias": bias * gains[name] for name in gains if (bias := getattr(heads, f"{name}_bias")) is not None
     }
@@ -230,8 +231,19 @@ def test_the_price_behind_a_norm_over_all_heads_is_the_residual_of_the_chosen_ke
     case, groups = drawn
     shared = closed_form(case.heads, case.moments, groups)
     price = sum(map(key_price(case.moments, movable=False), groups.keys))
-    residual = key_residual(gained(case.heads), gained(shared), case.x)
-    assert price == pytest.approx(residual, rel=1e-6, abs=1e-9 * scale(case))
+    residual = key_residual(gained(case.heads, case.x), gained(shared, case.x), case.x)
+    energy = project(case.heads.k, case.heads.k_bias, case.x).pow(2).mean().item()
+    assert price == pytest.approx(residual * energy, rel=1e-6, abs=1e-9 * scale(case))
+
+
+def test_copies_behind_a_norm_over_all_heads_are_shared_without_loss_whatever_their_size():
+    heads = random_heads(seeded(0), qk_norm="all")
+    turned = torch.linalg.qr(torch.randn(4, 8, 8, generator=seeded(1), dtype=torch.float64))[0] @ heads.k[0]
+    sizes = torch.tensor([2.0, 2.0, 1.0, 0.5], dtype=torch.float64)[:, None, None]
+    copies = with_copies(replace(heads, k=sizes * turned), HeadGroups(((0, 1), (2,), (3,)), singles(heads).values))
+    case = HeadCase(copies, random_input(seeded(2), heads.hidden_size))
+    shared = closed_form(copies, case.moments, HeadGroups(((0, 1), (2,), (3,)), singles(heads).values))
+    assert_close(attention_output(shared, case.x), attention_output(copies, case.x), atol=1e-5, rtol=1e-5)
 
 
 @given(cases_with_groups(), st.randoms(use_true_random=False))

@@ -153,18 +153,24 @@ def share_keys(heads: AttentionHeads, moments: HeadMoments, groups: Sequence[Gro
 
 
 def choose_keys(heads: AttentionHeads, moments: HeadMoments, groups: Sequence[Group]) -> AttentionHeads:
-    """Let the most central key head of each group stand for all: what remains when a norm follows the projection."""
+    """Let the most central key head of each group stand for all: what remains when a norm follows the projection.
+
+    A norm over all heads divides by the size of the keys that are left; their gains make up for it, on average.
+    """
     chosen = []
     for group in groups:
         costs = _stand_in_costs(moments, group)
         chosen.append(group[costs.index(min(costs))])
     index = torch.tensor(chosen, device=heads.k.device)
     gain = heads.k_norm
+    if gain is not None and gain.dim() == 2:
+        left, before = moments.key_energy[index].mean(), moments.key_energy.mean()
+        gain = gain[index] * (left / before.clamp_min(1e-300)).sqrt()
     return replace(
         heads,
         k=heads.k[index],
         k_bias=None if heads.k_bias is None else heads.k_bias[index],
-        k_norm=gain[index] if gain is not None and gain.dim() == 2 else gain,
+        k_norm=gain,
         key_map=compose(heads.key_map, tuple(groups)),
     )
 

@@ -156,6 +156,7 @@ def aligned_moments(moments: HeadMoments, rotations: Rotations) -> HeadMoments:
         query_planes=moments.query_planes,
         query_rest=rest.mT @ moments.query_rest @ rest,
         output_metric=value.mT @ moments.output_metric @ value,
+        key_energy=moments.key_energy,
     )
 
 

@@ -37,7 +37,7 @@ class HeadMoments:
     Under rotary positions a key head is one complex number per plane f (channels f and f + F of the rotated part),
     and only complex scalars commute with the rotation; the `rest` are the r = d - 2F unrotated channels, which any
     matrix may mix. Query moments are summed over the query heads that read a key head, and `output_metric` is the
-    sum of `W_O^T W_O` over the query heads that read a value head.
+    sum of `W_O^T W_O` over the query heads that read a value head. `key_energy` is `E|k|^2` as a q/k norm finds it.
     """
 
     values: Float[Tensor, "V d V d"]
@@ -46,6 +46,7 @@ class HeadMoments:
     query_planes: Float[Tensor, "F K"]
     query_rest: Float[Tensor, "K r r"]
     output_metric: Float[Tensor, "V d d"]
+    key_energy: Float[Tensor, " K"]
 
 
 def planes(rows: Float[Tensor, "n d D"], rotary_dim: int) -> Complex[Tensor, "n F D"]:
@@ -72,6 +73,7 @@ def head_moments(heads: AttentionHeads, statistics: LayerStatistics) -> HeadMome
     query, key, value = (
         extended(w, b) for w, b in ((heads.q, heads.q_bias), (heads.k, heads.k_bias), (heads.v, heads.v_bias))
     )
+    key_energy = torch.einsum("kaD,DE,kaE->k", key, moment, key)
     if heads.traits.qk_norm == "all":
         assert heads.q_norm is not None
         assert heads.k_norm is not None
@@ -95,6 +97,7 @@ def head_moments(heads: AttentionHeads, statistics: LayerStatistics) -> HeadMome
         query_planes=query_planes,
         query_rest=query_rest,
         output_metric=metric.new_zeros(heads.num_value_heads, *metric.shape[1:]).index_add_(0, value_map, metric),
+        key_energy=key_energy,
     )
     return _behind_norm(heads, found, statistics) if heads.traits.qk_norm == "head" else found
 
