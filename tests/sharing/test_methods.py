@@ -107,6 +107,20 @@ def test_keys_that_differ_in_size_alone_are_no_copies_behind_a_norm_over_all_hea
     assert grouped(layer, (3, 4), name).keys == ((0,), (1,), (2, 3))
 
 
+@pytest.mark.parametrize("qk_norm", ["head", "all"])
+@pytest.mark.parametrize("criterion", ["dist", "cos"])
+@pytest.mark.parametrize("rotary_dim", [8, 4])
+def test_keys_that_no_rotation_reaches_are_grouped_as_they_are(qk_norm, criterion, rotary_dim):
+    heads = random_heads(seeded(3), qk_norm=qk_norm, rotary_dim=rotary_dim)
+    # Half a turn takes head 0 to head 2 and head 1 to head 3; as they are, 0 is near 1 and 2 near 3.
+    near = heads.k[0] + 0.05 * heads.k[1]
+    heads = replace(heads, k=torch.stack([heads.k[0], near, -heads.k[0], -near]), k_norm=torch.ones_like(heads.k_norm))
+    layer = SourceLayer.of(heads, statistics_of(heads, random_input(seeded(4), heads.hidden_size)))
+    options = SharingOptions(criterion=criterion, group_on="key")
+    assert grouped(layer, (2, 4), "procrustes", options).keys == ((0, 1), (2, 3))
+    assert grouped(layer, (2, 2), "procrustes", options, "gqa").keys == ((0, 1), (2, 3))
+
+
 def test_mean_pool_groups_neighbours():
     assert grouped(layer_of(), (2, 3), "mean-pool") == HeadGroups(contiguous_groups(6, 2), contiguous_groups(6, 3))
 

@@ -137,18 +137,18 @@ def test_a_reflected_plane_does_not_commute_with_rope():
     assert (rope(key @ reflection, 4) - rope(key, 4) @ reflection).abs().max() > 0.1
 
 
-@given(head_cases(), CRITERIA)
-def test_similarity_equals_procrustes_on_activations(case, criterion):
+@given(head_cases(), CRITERIA, st.booleans())
+def test_similarity_equals_procrustes_on_activations(case, criterion, movable):
     key, value = activations(case, criterion)
     rotary_dim = case.heads.traits.rotary_dim
     for item, rows, fit in (
         ("value", value, best_rotation),
         ("key", key, lambda a, b: best_key_rotation(a, b, rotary_dim)),
     ):
-        found = similarity(grams_of(case, criterion), item)
+        found = similarity(grams_of(case, criterion), item, movable=movable)
         expected = torch.zeros_like(found)
         for i, j in combinations(range(len(rows)), 2):
-            turned = rows[i] @ fit(rows[i], rows[j])
+            turned = rows[i] @ fit(rows[i], rows[j]) if movable else rows[i]
             if criterion == "cos":
                 score = (turned * rows[j]).sum(-1).mean()
             else:

@@ -93,21 +93,25 @@ class Procrustes:
     def prices(self, layer: SourceLayer, options: SharingOptions) -> tuple[Price, Price] | None:  # noqa: D102
         if options.group_on == "none":
             return None
-        grams = head_grams(layer.moments, layer.statistics, options.criterion)
-        return _per_member(procrustes_price(grams, "key"), options), _per_member(
-            procrustes_price(grams, "value"), options
-        )
+        keys, values = (_alignment_price(layer, item, options) for item in ("key", "value"))
+        return _per_member(keys, options), _per_member(values, options)
 
     def joint_price(self, layer: SourceLayer, options: SharingOptions) -> Price | None:  # noqa: D102
         if options.group_on == "none":
             return None
-        return procrustes_price(head_grams(layer.moments, layer.statistics, options.criterion), options.group_on)
+        return _alignment_price(layer, options.group_on, options)
 
     def share(self, layer: SourceLayer, groups: HeadGroups, options: SharingOptions) -> AttentionHeads:  # noqa: D102
         if not options.align:
             return mean_pool(layer.heads, layer.moments, groups, restore_norm=options.restore_norm)
         grams = head_grams(layer.moments, layer.statistics, options.criterion)
         return procrustes(layer.heads, layer.moments, grams, groups, restore_norm=options.restore_norm)
+
+
+def _alignment_price(layer: SourceLayer, item: Literal["key", "value"], options: SharingOptions) -> Price:
+    """The price of a group by its pairs, each rotated onto the other unless a q/k norm keeps its keys as they are."""
+    grams = head_grams(layer.moments, layer.statistics, options.criterion)
+    return procrustes_price(grams, item, movable=item == "value" or layer.heads.traits.qk_norm == "none")
 
 
 def _per_member(price: Price, options: SharingOptions) -> Price:

@@ -76,18 +76,22 @@ def head_grams(moments: HeadMoments, statistics: LayerStatistics, criterion: Cri
     return HeadGrams(criterion, values, key_planes, key_rest.to(moments.key_rest))
 
 
-def similarity(grams: HeadGrams, item: Literal["key", "value"]) -> Float[Tensor, "n n"]:
+def similarity(grams: HeadGrams, item: Literal["key", "value"], *, movable: bool = True) -> Float[Tensor, "n n"]:
     """Pairwise similarity of heads after the best rotation of one onto the other; symmetric, diagonal 0 (1.4).
 
     "cos": the mean cosine of two heads' rows, at most 1. "dist": minus their mean squared distance, at most 0. The
-    optimum of `tr(Q^T G_ij)` is the nuclear norm of the Gram block, and `|G_ij|` in a rotary plane (1.7).
+    optimum of `tr(Q^T G_ij)` is the nuclear norm of the Gram block, and `|G_ij|` in a rotary plane (1.7). Heads that
+    are not `movable` (keys behind a q/k norm) are compared as they are, by the trace of the block.
     """
     phases, matrices = (grams.key_planes, grams.key_rest) if item == "key" else (_none(grams), grams.values)
     num_heads = len(matrices)
     first, second = torch.triu_indices(num_heads, num_heads, 1, device=matrices.device)
-    best = phases[:, first, second].abs().sum(0)
-    if first.numel() and matrices.shape[1]:
-        best = best + torch.linalg.svdvals(matrices.transpose(1, 2)[first, second]).sum(-1)
+    if movable:
+        best = phases[:, first, second].abs().sum(0)
+        if first.numel() and matrices.shape[1]:
+            best = best + torch.linalg.svdvals(matrices.transpose(1, 2)[first, second]).sum(-1)
+    else:
+        best = (phases.real.sum(0) + torch.einsum("iaja->ij", matrices))[first, second]
     if grams.criterion == "dist":
         energy = torch.einsum("fii->i", phases).real + torch.einsum("iaia->i", matrices)
         best = 2 * best - energy[first] - energy[second]
@@ -96,11 +100,11 @@ def similarity(grams: HeadGrams, item: Literal["key", "value"]) -> Float[Tensor,
     return scores
 
 
-def procrustes_price(grams: HeadGrams, item: Item) -> Price:
+def procrustes_price(grams: HeadGrams, item: Item, *, movable: bool = True) -> Price:
     """Price of a group: minus the sum of its pairs' similarities (1.5). "none" is cheapest for neighbouring heads."""
     if item == "none":
         return lambda group: float(max(group) - min(group) + 1 - len(group))
-    score = similarity(grams, item).tolist()
+    score = similarity(grams, item, movable=movable).tolist()
     return lambda group: -sum(score[i][j] for i, j in combinations(group, 2))
 
 
