@@ -213,6 +213,14 @@ def test_an_adaptive_budget_is_repeatable():
     assert equal_heads(first.heads, again.heads)
 
 
+def test_groups_follow_the_seed():
+    loaded = opened(pico("llama", num_attention_heads=16, num_key_value_heads=16))
+    asked = [settings("procrustes", "gqa", seed=seed) for seed in (0, 1, 2, 3, 0)]
+    first, *others, again = (convert_heads(loaded, ROWS, one).plan for one in asked)
+    assert again == first
+    assert any(plan != first for plan in others)
+
+
 def test_an_adaptive_budget_needs_a_price():
     with pytest.raises(ConfigError, match="uniform"):
         convert_heads(opened(pico("llama")), ROWS, settings("mean-pool", budget="adaptive"))
