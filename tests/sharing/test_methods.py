@@ -94,6 +94,17 @@ def test_copies_are_found_and_grouped(name, target):
     assert grouped(layer, (3, 3), name, target=target) == HeadGroups(wanted, wanted)
 
 
+@pytest.mark.parametrize("kind", ["keys", "values"])
+def test_one_grouping_for_both_looks_at_keys_and_at_values(kind):
+    wanted, alone = ((0, 4), (1, 3), (2, 5)), contiguous_groups(6, 6)
+    copies = HeadGroups(wanted, alone) if kind == "keys" else HeadGroups(alone, wanted)
+    heads = with_copies(layer_of().heads, copies)
+    layer = SourceLayer.of(heads, statistics_of(heads, random_input(seeded(4), heads.hidden_size)))
+    other = grouped(layer, (3, 3), "closed-form")
+    assert (other.values if kind == "keys" else other.keys) != wanted
+    assert grouped(layer, (3, 3), "closed-form", target="gqa") == HeadGroups(wanted, wanted)
+
+
 @pytest.mark.parametrize("name", ["procrustes", "closed-form"])
 def test_keys_that_differ_in_size_alone_are_no_copies_behind_a_norm_over_all_heads(name):
     heads = random_heads(seeded(3), qk_norm="all")
