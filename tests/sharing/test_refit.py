@@ -65,6 +65,14 @@ def test_a_refit_that_does_harm_is_refused(options):
     assert report.after == report.before
 
 
+def test_an_exact_solve_that_does_harm_is_undone_before_the_descent():
+    original, converted, inputs = layer({"rows": 2, "length": 16})  # fewer tokens to fit than channels to fit them with
+    solved, _ = refit(original, converted, inputs, replace(QUICK, steps=0))
+    assert solved is converted
+    _, report = refit(original, converted, inputs, replace(QUICK, rates=(0.005,)))
+    assert report.after < report.before
+
+
 def test_inputs_that_are_not_finite_change_nothing():
     original, converted, inputs = layer()
     inputs.hidden[3, 2, 1] = float("nan")
