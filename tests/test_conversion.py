@@ -6,16 +6,18 @@ from fractions import Fraction
 import pytest
 import torch
 
+from headfuse import conversion
 from headfuse.checkpoints.assembly import decoupled_model_state, stock_config, stock_model_state
 from headfuse.checkpoints.opened import LoadedModel
 from headfuse.checkpoints.registry import adapter_for
-from headfuse.conversion import Settings, check_reachable, convert_heads, gather_statistics
+from headfuse.conversion import PROBE_ROWS, Settings, check_reachable, convert_heads, gather_statistics
 from headfuse.errors import ConfigError, PlanError
 from headfuse.evaluation.cache_bytes import measured_cache_bytes
 from headfuse.planning.grouping import HeadGroups
 from headfuse.planning.plan import HeadPlan
 from headfuse.sharing.methods import METHODS, SharingOptions
 from headfuse.sharing.refit import RefitOptions
+from headfuse.sharing.sensitivity import unit_costs
 from pico import FAMILIES, NO_STOCK_GQA, case_name, every_case, every_family, logits_of, pico, tokens
 from strategies import with_copies
 
@@ -204,6 +206,27 @@ def test_an_adaptive_budget_by_cosine_spends_its_heads():
     loaded = opened(pico("llama"))
     asked = settings("procrustes", budget="adaptive", options=SharingOptions(criterion="cos"))
     assert convert_heads(loaded, ROWS, asked).plan.cached_heads() == 8
+
+
+def test_an_adaptive_budget_measures_how_far_the_converted_model_is_from_the_original(monkeypatch):
+    loaded, measured = opened(pico("llama")), []
+
+    def watched(*layers, divergence, **options):
+        def recorded(index, heads):
+            measured.append((index, heads, divergence(index, heads)))
+            return measured[-1][-1]
+
+        return unit_costs(*layers, divergence=recorded, **options)
+
+    monkeypatch.setattr(conversion, "unit_costs", watched)
+    convert_heads(loaded, ROWS, settings(budget="adaptive"))
+    assert len(measured) == 4
+    original = logits_of(loaded.model, ROWS[:PROBE_ROWS]).log_softmax(-1)
+    for index, heads, found in measured:
+        with loaded.with_heads([heads if layer == index else own for layer, own in enumerate(loaded.heads)]) as model:
+            replaced = logits_of(model, ROWS[:PROBE_ROWS]).log_softmax(-1)
+        # KL(original || replaced), in nats a token
+        assert found == pytest.approx((original.exp() * (original - replaced)).sum(-1).mean().item(), rel=1e-3)
 
 
 def test_an_adaptive_budget_is_repeatable():
