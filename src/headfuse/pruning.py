@@ -131,9 +131,9 @@ def prune_heads(
     `converted` is what `convert_heads` made with these settings: its groups are obeyed and its heads are where the
     shared ones begin. Behind method "procrustes" the source's heads are rotated by the `statistics` of that conversion
     first, so that heads and shared heads speak of the same channels. `loaded` stays as it was, a copy is trained.
-    Raises what `train` and `check_prunable` raise.
+    What `check_prunable` refuses must not come here. Raises what `train` raises.
     """
-    check_prunable(loaded, settings, pruning)
+    assert converted.plan.target == "gqa", "check_prunable comes first"
     student = LoadedModel.of(copy.deepcopy(loaded.model), loaded.adapter)
     if pruning.gates:
         source = source_heads(loaded, settings, converted, statistics)

@@ -215,9 +215,18 @@ def test_a_teacher_is_refused_where_nothing_would_follow_it(convert, model, tmp_
 def test_keys_behind_a_norm_are_said_not_to_be_aligned(align, tmp_path):
     pico("qwen3", vocab_size=VOCABULARY, bos_token_id=0).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.warns(UserWarning, match="qwen3: values are aligned, keys are not"):
+    with pytest.warns(UserWarning, match="qwen3: values are aligned, keys are not") as said:
         outcome = align(source=tmp_path / "model")
     assert outcome.code == 0, outcome.err
+    assert len(said) == 1
+
+
+def test_a_plan_is_obeyed_whatever_the_budget(align, tmp_path):
+    assert align(out=tmp_path / "first").code == 0
+    plan = tmp_path / "first" / "headfuse" / "plan.json"
+    outcome = align("--plan", plan, "--kv-heads", "3")
+    assert outcome.code == 0, outcome.err
+    assert HeadPlan.load(tmp_path / "out" / "headfuse" / "plan.json") == HeadPlan.load(plan)
 
 
 def test_a_family_without_stock_grouped_queries_is_refused(align, tmp_path):
