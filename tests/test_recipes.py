@@ -7,6 +7,8 @@ import pytest
 from typer.main import get_command
 
 from headfuse.cli import app
+from headfuse.cli.convert import sharing_of
+from headfuse.cli.readers import READERS, check_read
 from headfuse.errors import ConfigError
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -23,6 +25,20 @@ def context(recipe, *arguments, command="convert"):
 def test_a_recipe_of_ours_parses_and_the_command_line_wins(recipe):
     assert context(recipe).params["kv"] == "25%"
     assert context(recipe, "--kv", "50%").params["kv"] == "50%"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_of_ours_gives_only_what_its_method_reads(recipe):
+    found = context(recipe)
+    method = found.params["method"]
+    sharing, _ = sharing_of(method, found.params["init"])
+    check_read(found, method, sharing)
+
+
+def test_every_option_that_methods_read_is_one_of_convert(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("{}")
+    assert context(recipe).params.keys() > READERS.keys()
 
 
 @pytest.mark.parametrize("recipe", HEALING, ids=lambda path: path.stem)

@@ -180,7 +180,8 @@ def test_a_killed_run_goes_on_with_the_same_command_and_writes_the_same_bits(ali
         (("--target", "dha"), ("wanted target gqa",)),
         (("--budget", "adaptive"), ("uniform",)),
         (("--init", "delta"), ("mean-pool, closed-form",)),
-        (("--fusion-share", "0.2"), ("no share for a search or a fusion",)),
+        (("--fusion-share", "0.2"), ("method align (procrustes) reads, got --fusion-share (of dha)",)),
+        (("--init", "closed-form", "--criterion", "cos"), ("align (closed-form)", "--criterion (of procrustes)")),
         (("--lm-weight", "2"), ("lm_weight from 0 to 1",)),
         (("--tokens", "1M", "--no-repeat"), ("--repeat",)),
         (("--row-length", "200", "--rows", "1"), ("128 positions",)),
@@ -208,7 +209,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(align, model, tmp_path):
 
 
 def test_a_teacher_is_refused_where_nothing_would_follow_it(convert, model, tmp_path):
-    assert_refused(convert("--teacher", model), "unless method align trains")
+    assert_refused(convert("--teacher", model), "method closed-form reads, got --teacher (of align)")
     assert left_behind(tmp_path) == []
 
 

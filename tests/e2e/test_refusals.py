@@ -114,6 +114,22 @@ def test_a_bad_option_is_refused_in_one_line(convert, tmp_path, options, word):
     assert_nothing_written(tmp_path)
 
 
+def test_options_that_no_stage_would_read_are_refused_in_one_line(convert, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: absent.txt\ntokens: 1M\nlm-weight: 0.0\nfusion-share: 0.3\ncriterion: dist\n")
+    wanted = (
+        "--criterion (of procrustes)",
+        "--data, --tokens, --lm-weight (of dha and align)",
+        "--fusion-share (of dha)",
+    )
+    assert_refused(convert("--recipe", recipe), "that method closed-form reads", *wanted)
+    recipe.unlink()
+    assert_refused(convert("--init", "delta", "--no-repeat"), "--init, --repeat (of dha and align)")
+    assert_refused(convert("--restore-norm"), "--restore-norm (of mean-pool and procrustes)")
+    assert_refused(convert("--method", "mean-pool", "--group-on", "key"), "mean-pool", "--group-on (of procrustes)")
+    assert_nothing_written(tmp_path)
+
+
 def test_a_conversion_by_many_processes_is_refused(convert, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     outcome = convert()

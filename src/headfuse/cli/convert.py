@@ -34,6 +34,7 @@ from headfuse.cli.options import (
     Update,
     Wandb,
 )
+from headfuse.cli.readers import TRAINED, check_read
 from headfuse.cli.recipe import Recipe
 from headfuse.cli.training import training_options
 from headfuse.cli.values import counted, show
@@ -45,10 +46,9 @@ if TYPE_CHECKING:
     from headfuse.pruning import Pruning
     from headfuse.training.options import TrainingOptions
 
-TRAINED = ("dha", "align")  # the methods that train
-
 
 def convert(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to create.")],
     *,
@@ -133,8 +133,9 @@ def convert(
     from headfuse.sharing.refit import RefitOptions
     from headfuse.training.trackers import Trackers
 
-    sharing, refitted = _start(method, init)
+    sharing, refitted = sharing_of(method, init)
     method_named(sharing)
+    check_read(context, method, sharing)
     if kv_heads is not None:
         if key_heads is not None or value_heads is not None:
             raise ConfigError("wanted --kv-heads or --key-heads and --value-heads, got both; leave one out")
@@ -195,7 +196,7 @@ def _text_of(data: str | None) -> str | None:
     return None if holds_examples(data) else data
 
 
-def _start(method: str, init: str | None) -> tuple[str, bool]:
+def sharing_of(method: str, init: str | None) -> tuple[str, bool]:
     """The sharing method behind a method and its --init, and whether a refit may follow it."""
     if method == "align":
         from headfuse.pruning import sharing_method
@@ -227,8 +228,6 @@ def _learning(
     if method == "align":
         from headfuse.pruning import Pruning
 
-        if shares != (None, None):
-            raise ConfigError("wanted no share for a search or a fusion with method align, got one; leave it out")
         return Pruning(training=training, lm_weight=lm_weight)
     from headfuse.learning.options import learning_for
 
