@@ -20,7 +20,7 @@ def best_precision(device: "torch.device") -> Precision:
     import torch
 
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     # oneDNN emulates bf16 without AVX512-BF16 or AMX, slower than fp32.
     emulated = not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "fp32" if emulated or not _native_bf16() else "bf16"
