@@ -5,6 +5,7 @@ import json
 import pytest
 
 from command_line import assert_refused
+from weight_folders import edit_config
 
 SMALL = ("--context", "48", "--batch", "1,2", "--new-tokens", "3", "--precision", "fp32", "--device", "cpu")
 
@@ -63,6 +64,14 @@ def test_blocks_are_compiled_on_demand(run, converted, monkeypatch):
 def test_the_same_model_twice_keeps_its_names_apart(run, model):
     found = json.loads(run("bench", model, "--against", model, *SMALL, "--json").out)
     assert [each["name"] for each in found["models"]] == ["model", "model (against)"]
+
+
+def test_a_context_fits_both_of_two_models_of_one_name(run, model, damaged):
+    edit_config(damaged, max_position_embeddings=64)
+    other = damaged.rename(damaged.with_name(model.name))
+    for pair in ((model, other), (other, model)):
+        outcome = run("bench", pair[0], "--against", pair[1], "--context", "100", "--batch", "1")
+        assert_refused(outcome, "wanted at most 64 tokens, the model's positions, got 100")
 
 
 @pytest.mark.parametrize(

@@ -107,12 +107,14 @@ def _names(sources: Sequence[Source]) -> list[str]:
 
 def _within_positions(load: Load, sources: Sequence[Source]) -> Load:
     """The load with contexts that every model has positions for; ConfigError if those asked for are not."""
-    limits = {source.public_name: positions_of(load_config(source.folder)) for source in sources}
-    known = {name: limit for name, limit in limits.items() if limit is not None}
-    for name, limit in known.items():
+    limits = [
+        (name, positions_of(load_config(source.folder))) for name, source in zip(_names(sources), sources, strict=True)
+    ]
+    known = [(name, limit) for name, limit in limits if limit is not None]
+    for name, limit in known:
         if load.contexts and max(load.contexts) > limit:
             raise ConfigError(
                 f"{name}: wanted at most {limit} tokens, the model's positions, got {max(load.contexts)} of context; "
                 "shorten --context"
             )
-    return load if load.contexts else replace(load, contexts=(min(CONTEXT, *known.values()),))
+    return load if load.contexts else replace(load, contexts=(min(CONTEXT, *(limit for _, limit in known)),))
