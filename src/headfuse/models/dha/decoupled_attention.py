@@ -169,7 +169,7 @@ class DecoupledAttention(nn.Module):
         if implementation.startswith("paged"):
             raise ValueError(
                 f"{implementation!r}: transformers' paged cache has one head count for keys and values; "
-                "use sdpa, eager or flash attention, or serve the model with vLLM"
+                "use generate() with sdpa, eager or flash attention, or `headfuse generate`"
             )
         attention = eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         kwargs["dropout"] = self.shape.dropout if self.training else 0.0
