@@ -57,6 +57,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     ("gpt2", {"scale_attn_weights": False}),
     ("gpt_neox", {"attention_bias": False, "use_parallel_residual": False}),
+    ("gpt_neox", {"hidden_size": 48}),  # a quarter of 12 channels: two planes are rotated
     ("llama", {"attention_bias": True, "num_key_value_heads": 1}),
     ("mistral", {"head_dim": 16, "num_key_value_heads": 1}),
     ("olmo", {"clip_qkv": None}),

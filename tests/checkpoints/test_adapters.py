@@ -36,6 +36,13 @@ def test_join_of_split_is_bit_equal(family, overrides):
 
 
 @every_case
+def test_as_many_channels_are_rotated_as_the_model_rotates(family, overrides):
+    model = pico(family, **overrides)
+    planes = [len(part.inv_freq) for part in model.modules() if hasattr(part, "inv_freq")]
+    assert adapter_for(model.config).traits(model.config, 0).rotary_dim == 2 * sum(planes)
+
+
+@every_case
 def test_an_unchanged_state_keeps_the_logits_bit_for_bit(family, overrides):
     model, ids = pico(family, **overrides), tokens(2, 9)
     adapter = adapter_for(model.config)

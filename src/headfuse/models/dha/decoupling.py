@@ -76,8 +76,9 @@ def family_shape(config: Any, layer_idx: int, **differences: Any) -> AttentionSh
 
 
 def partial_rotary(config: Any) -> int:
-    """The leading channels of a head that a family with partial rotary embedding rotates."""
-    return int(config.hidden_size // config.num_attention_heads * config.rope_parameters["partial_rotary_factor"])
+    """The leading channels of a head that a family with partial rotary embedding rotates: whole planes, so even."""
+    channels = int(config.hidden_size // config.num_attention_heads * config.rope_parameters["partial_rotary_factor"])
+    return channels + channels % 2
 
 
 def decouple(
