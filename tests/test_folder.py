@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
 from headfuse.claim import CLAIM
 from headfuse.errors import CheckpointError, ConfigError
-from headfuse.folder import SPARE_BYTES, OutputFolder, check_output, writing
+from headfuse.folder import SPARE_BYTES, OutputFolder, check_output, run_folder_of, writing
 from headfuse.manifest import Manifest, git_commit, identify, manifest
 from pico import pico
 
@@ -111,6 +112,22 @@ def test_a_file_is_refused(tmp_path):
     (tmp_path / "out").touch()
     assert "is a file" in attempt(tmp_path / "out")
     assert "is a file" in attempt(tmp_path / "out" / "model", needed_bytes=1)
+
+
+def test_the_current_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "got the current one; choose a folder inside it" in attempt(Path())
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("out", "run"), [("~/out", "home/out.run"), (".", "here.run"), ("a/../out", "here/out.run"), ("/", "/.run")]
+)
+def test_a_run_lives_beside_its_output(tmp_path, monkeypatch, out, run):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert run_folder_of(Path(out)) == tmp_path / run
 
 
 def test_a_mount_point_is_refused(tmp_path, monkeypatch):

@@ -144,6 +144,12 @@ def writing(
         raise
 
 
+def run_folder_of(out: Path) -> Path:
+    """Where a run lives that will end in `out`: beside it, with `.run` behind its name."""
+    out = out.expanduser().resolve()
+    return out.parent / f"{out.name}.run"
+
+
 def check_output(out: Path, *, overwrite: bool, needed_bytes: int, source: Path | None) -> None:
     """Raise the ConfigErrors that `writing` would raise before any work; nothing is removed yet."""
     out = out.expanduser().resolve()
@@ -162,6 +168,8 @@ def _check_target(out: Path, *, overwrite: bool, source: Path | None) -> None:
         raise ConfigError(f"{out}: wanted a folder to create, {place} is a file; choose another output")
     if os.path.ismount(out):
         raise ConfigError(f"{out}: wanted a folder to create, got a mount point; choose a folder inside it")
+    if out.exists() and out.samefile(os.curdir):  # it would be replaced under the feet of whoever stands in it
+        raise ConfigError(f"{out}: wanted a folder to create, got the current one; choose a folder inside it")
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not overwrite:

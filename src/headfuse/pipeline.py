@@ -16,7 +16,7 @@ from headfuse.checkpoints.validation import check_checkpoint
 from headfuse.conversion import Settings, check_reachable, convert_heads
 from headfuse.converted_folder import write_converted, write_records
 from headfuse.course import Learned
-from headfuse.folder import check_output, writing
+from headfuse.folder import check_output, run_folder_of, writing
 from headfuse.learning.options import Learning
 from headfuse.manifest import peak_memory
 from headfuse.placement import Placement
@@ -102,11 +102,12 @@ def convert(
     planned = None if plan is None else HeadPlan.load(plan)
     target = settings.target if planned is None else planned.target
     settings = replace(settings, precision=precision, target=target)
-    run_folder = Path(out).with_name(Path(out).name + ".run")
-    check_output(Path(out), overwrite=overwrite, needed_bytes=source.weight_bytes, source=source.folder)
+    out = Path(out).expanduser()
+    run_folder = run_folder_of(out)
+    check_output(out, overwrite=overwrite, needed_bytes=source.weight_bytes, source=source.folder)
     with (
         nullcontext() if learning is None else run_root(run_folder),
-        writing(Path(out), overwrite=overwrite, needed_bytes=source.weight_bytes, source=source.folder) as folder,
+        writing(out, overwrite=overwrite, needed_bytes=source.weight_bytes, source=source.folder) as folder,
     ):
         original = Original.of(source, device)
         check_reachable(original.loaded, settings, planned=planned is not None)
@@ -134,7 +135,7 @@ def convert(
         about = {"parity": parity, "seconds": seconds, "seed": settings.seed, "command": command}
         write_records(folder, converted, source, **about)
     return Conversion(
-        Path(out),
+        out,
         converted.plan,
         *kv_bytes,
         _mean_error(converted.refits),

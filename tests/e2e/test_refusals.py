@@ -1,5 +1,6 @@
 """What `headfuse convert` refuses, in one line and without leaving anything behind."""
 
+import json
 import shutil
 from collections import namedtuple
 from contextlib import contextmanager
@@ -175,6 +176,19 @@ def test_the_model_itself_is_no_output(convert, damaged):
     before = sorted(path.name for path in damaged.iterdir())
     assert_refused(convert("--overwrite", source=damaged, out=damaged), "separate folders")
     assert sorted(path.name for path in damaged.iterdir()) == before
+
+
+def test_the_current_folder_is_no_output(convert, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(convert(out="."), "got the current one")
+    assert_nothing_written(tmp_path)
+
+
+def test_an_output_may_be_at_home(convert, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    outcome = convert("--json", out="~/out")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["out"] == str(tmp_path / "out")
 
 
 def test_a_full_disk_is_noticed_first(convert, tmp_path, monkeypatch):
