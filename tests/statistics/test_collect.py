@@ -65,6 +65,29 @@ def test_statistics_are_as_large_as_announced(family, unit_rows):
     assert size == memory_needed(loaded.heads[0], len(loaded.layers), unit_rows=unit_rows)
 
 
+def test_statistics_are_whole_or_not_there(tmp_path, monkeypatch):
+    _, statistics = gathered("llama")
+    save_statistics(tmp_path, statistics, IDENTITY)
+    before, save, seen = load_statistics(tmp_path, IDENTITY), module.save_file, []
+
+    def failing(tensors, path):
+        save(tensors, path)
+        path.write_bytes(path.read_bytes()[:-100])
+        seen.append(load_statistics(tmp_path, IDENTITY))
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(module, "save_file", failing)
+    with pytest.raises(ConfigError, match="no space left"):
+        save_statistics(tmp_path, statistics, IDENTITY)
+    assert before is not None
+    for found in (*seen, load_statistics(tmp_path, IDENTITY)):
+        assert all(torch.equal(a.moment, b.moment) for a, b in zip(found, before, strict=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["statistics.json", "statistics.safetensors"]
+    with pytest.raises(ConfigError, match="no space left"):
+        save_statistics(tmp_path / "new", statistics, IDENTITY)
+    assert load_statistics(tmp_path / "new", IDENTITY) is None
+
+
 @pytest.mark.parametrize("unit_rows", [False, True])
 def test_saved_statistics_come_back_bit_for_bit(tmp_path, unit_rows):
     _, statistics = gathered("phi", unit_rows=unit_rows)

@@ -1,7 +1,9 @@
 """The one pass over calibration text, and its result on disk for the next budget."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -94,12 +96,25 @@ def save_statistics(folder: Path, statistics: Sequence[LayerStatistics], identit
             tensors[f"{layer}.{name}"] = stored.contiguous()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / "statistics.safetensors")
-        (folder / "statistics.json").write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+        with _replacing(folder / "statistics.safetensors") as partial:
+            save_file(tensors, partial)
+        with _replacing(folder / "statistics.json") as partial:  # the last: what a reader looks for
+            partial.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{folder}: statistics cannot be written ({error}); give another --statistics folder") from (
             error
         )
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` once it is whole."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_statistics(folder: Path, identity: dict) -> list[LayerStatistics] | None:
