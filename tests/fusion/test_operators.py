@@ -33,6 +33,7 @@ from headfuse.fusion.operators import (
     pair_losses,
     same_group,
 )
+from headfuse.models.dha import DHA_CLASSES
 from headfuse.models.dha.decoupled_attention import DecoupledAttention
 from headfuse.planning.grouping import HeadGroups, contiguous_groups
 from pico import CASES, case_name, logits_of, pico, tokens
@@ -81,7 +82,7 @@ def fused_model(family: str, overrides, groups):
     model = pico(family, **overrides)
     adapter = adapter_for(model.config)
     heads = split_model(model, adapter)
-    converted = adapter.decoupled_model_class(decoupled_config(model.config, adapter, heads)).eval()
+    converted = DHA_CLASSES[adapter.family].model(decoupled_config(model.config, adapter, heads)).eval()
     converted.load_state_dict(decoupled_model_state(model.state_dict(), adapter, heads))
     before = logits_of(converted, tokens(2, 11))
     for module in attention_modules(converted, adapter):

@@ -35,7 +35,7 @@ TIGHT = {"atol": 1e-4, "rtol": 0.0}
 def decoupled(model: PreTrainedModel, heads: list[AttentionHeads]) -> PreTrainedModel:
     adapter = adapter_for(model.config)
     config = decoupled_config(model.config, adapter, heads)
-    converted = adapter.decoupled_model_class(config).eval()
+    converted = DHA_CLASSES[adapter.family].model(config).eval()
     converted.load_state_dict(decoupled_model_state(model.state_dict(), adapter, heads))
     return converted
 
@@ -98,7 +98,7 @@ def test_cached_decoding_equals_a_full_prefill(family, static):
 def test_the_cache_holds_the_bytes_that_the_plan_promises(family):
     model = pico_dha(family)
     layers = tuple(LayerPlan(key_map=keys, value_map=values) for keys, values in MAPS)
-    plan = HeadPlan(target="dha", head_dim=ADAPTERS[family].head_dim(model.config), layers=layers)
+    plan = HeadPlan(target="dha", head_dim=ADAPTERS[family].shape(model.config).head_dim, layers=layers)
     cache = DynamicCache(config=model.config)
     logits_of(model, tokens(3, 7), past_key_values=cache)
     held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
@@ -153,7 +153,7 @@ def test_an_empty_model_loads_a_state_without_a_folder(family):
     heads = uneven_heads(model, ADAPTERS[family])
     config = decoupled_config(model.config, ADAPTERS[family], heads)
     state = decoupled_model_state(model.state_dict(), ADAPTERS[family], heads)
-    loaded = ADAPTERS[family].decoupled_model_class.from_pretrained(None, config=config, state_dict=state)
+    loaded = DHA_CLASSES[family].model.from_pretrained(None, config=config, state_dict=state)
     assert_close(logits_of(loaded, ids), logits_of(pico_dha(family), ids), **TIGHT)
 
 

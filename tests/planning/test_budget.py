@@ -62,11 +62,10 @@ def test_even_budget_gives_every_layer_the_same():
     assert uniform_counts([(16, 16)] * 8, Fraction(1, 4)) == [(4, 4)] * 8
 
 
-def test_remainder_goes_to_one_kind_first_and_is_spaced_over_the_layers():
+def test_remainder_goes_to_keys_first_and_is_spaced_over_the_layers():
     source = [(3, 3)] * 4
     assert uniform_counts(source, Fraction(14, 24)) == [(2, 1), (2, 2), (2, 1), (2, 2)]
     assert uniform_counts(source, Fraction(10, 24)) == [(1, 1), (2, 1), (1, 1), (2, 1)]
-    assert uniform_counts(source, Fraction(10, 24), extra="values") == [(1, 1), (1, 2), (1, 1), (1, 2)]
 
 
 @st.composite

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn, cast
 
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from headfuse.checkpoints.heads import AttentionHeads, AttentionTraits, QkNorm
 from headfuse.errors import CheckpointError, PlanError, UnsupportedArchitectureError
@@ -46,11 +46,6 @@ class Adapter:
         """`Dha<Family>Config`."""
         return DHA_CLASSES[self.family].config
 
-    @property
-    def decoupled_model_class(self) -> type[PreTrainedModel]:
-        """`Dha<Family>ForCausalLM`."""
-        return DHA_CLASSES[self.family].model
-
     def check(self, config: Any) -> None:
         """Raise UnsupportedArchitectureError for a feature of this family that would break a conversion."""
         if getattr(config, "quantization_config", None) is not None:
@@ -73,14 +68,6 @@ class Adapter:
     def shape(self, config: Any, layer: int = 0) -> AttentionShape:
         """One layer's attention, from a stock or a decoupled configuration of this family."""
         return DHA_CLASSES[self.family].attention_shape(config, layer)
-
-    def num_key_value_heads(self, config: Any) -> int:
-        """Key/value heads of every layer of the stock model."""
-        return self.shape(config).num_key_heads
-
-    def head_dim(self, config: Any) -> int:
-        """Width of one head."""
-        return self.shape(config).head_dim
 
     def traits(self, config: Any, layer: int) -> AttentionTraits:
         """What this family does around its heads."""
@@ -152,12 +139,6 @@ def require(tensors: Tensors, name: str, shape: tuple[int | None, ...]) -> Tenso
             f"{name}: the configuration promises shape {shape}, the weights have {got}; fix config.json or the weights"
         )
     return tensors[name]
-
-
-def norm_tensors(heads: AttentionHeads) -> dict[str, Tensor]:
-    """The q/k norm gains under the names that every family with qk-norm uses."""
-    gains = {"q_norm.weight": heads.q_norm, "k_norm.weight": heads.k_norm}
-    return {name: gain.flatten() for name, gain in gains.items() if gain is not None}
 
 
 def check_grouped_query(heads: AttentionHeads, family: str, *, stock_gqa: bool = True) -> None:

@@ -23,6 +23,7 @@ Target = Literal["gqa", "dha"]
 METHODS: tuple[Method, ...] = get_args(Method)
 TARGETS: tuple[Target, ...] = get_args(Target)
 PERCENTS = (50.0, 25.0, 12.5)
+KV_BYTES_PER_ELEMENT = 2  # bf16 or fp16
 
 
 class Fact(BaseModel):
@@ -92,8 +93,8 @@ class Description(Fact):
         return (sum(self.key_heads) + sum(self.value_heads)) * self.head_dim * self.kv_bytes_per_element
 
 
-def describe(source: Source, *, kv_bytes_per_element: int = 2) -> Description:
-    """Describe a model without loading a weight; the cache is counted at `kv_bytes_per_element` (2: bf16 or fp16).
+def describe(source: Source) -> Description:
+    """Describe a model without loading a weight; the cache is counted in bf16 or fp16.
 
     A family feature that rules conversions out (sliding windows, say) is described, with the reason in `methods`.
     Raises CheckpointError for an unsound folder, UnsupportedArchitectureError for a family without adapter.
@@ -121,8 +122,8 @@ def describe(source: Source, *, kv_bytes_per_element: int = 2) -> Description:
         parameters=sum(_count(header.shape) for header in weights.values()),
         dtype=_dtype(weights),
         weight_bytes=sum(header.num_bytes for header in weights.values()),
-        kv_bytes_per_element=kv_bytes_per_element,
-        cache=tuple(_cache(shapes, adapter, percent, kv_bytes_per_element) for percent in (100.0, *PERCENTS)),
+        kv_bytes_per_element=KV_BYTES_PER_ELEMENT,
+        cache=tuple(_cache(shapes, adapter, percent) for percent in (100.0, *PERCENTS)),
         methods=tuple(_applicability(m, t, adapter, shapes, refusal) for m in METHODS for t in TARGETS),
     )
 
@@ -155,7 +156,7 @@ def _rope(config: Any, shape: AttentionShape) -> Rope:
     )
 
 
-def _cache(shapes: Sequence[AttentionShape], adapter: Adapter, percent: float, element: int) -> CacheSize:
+def _cache(shapes: Sequence[AttentionShape], adapter: Adapter, percent: float) -> CacheSize:
     own = sum(shape.num_key_heads + shape.num_value_heads for shape in shapes)
     cached = int(own * percent / 100)
     heads = own * percent / 100 / (2 * len(shapes))
@@ -164,7 +165,7 @@ def _cache(shapes: Sequence[AttentionShape], adapter: Adapter, percent: float, e
     return CacheSize(
         percent=percent,
         heads_per_layer=round(heads, 3),
-        bytes_per_token=cached * shapes[0].head_dim * element if heads >= 1 else None,
+        bytes_per_token=cached * shapes[0].head_dim * KV_BYTES_PER_ELEMENT if heads >= 1 else None,
         gqa_heads=int(heads) if fits and stock else None,
     )
 

@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import Literal
 
 import numpy as np
 from pydantic import ValidationError
@@ -16,8 +15,6 @@ from pydantic import ValidationError
 from headfuse.errors import PlanError
 from headfuse.planning.grouping import HeadGroups, compose
 from headfuse.planning.plan import HeadPlan, LayerPlan, Target
-
-Kind = Literal["keys", "values"]
 
 _BUDGET = re.compile(r"(-?(?:[0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9}))\s*(%|x?)")
 _EXAMPLES = "write a share such as 25%, 4x (a quarter) or 0.25"
@@ -40,15 +37,13 @@ def parse_budget(text: str) -> Fraction:
     return share
 
 
-def uniform_counts(
-    source_heads: Sequence[tuple[int, int]], fraction: Fraction, *, extra: Kind = "keys"
-) -> list[tuple[int, int]]:
+def uniform_counts(source_heads: Sequence[tuple[int, int]], fraction: Fraction) -> list[tuple[int, int]]:
     """(key heads, value heads) of every layer, in proportion to the source's and spending the budget exactly.
 
     `source_heads` are the source's (key heads, value heads), layer by layer; floor(fraction * their sum) heads are
-    given out. What does not divide evenly goes first where the share is furthest from whole, there first to the
-    `extra` kind, and is spaced evenly over the layers. Keys come first because sharing them costs more: twice as
-    much on the 30M reference at 25%, and 1.33 against 0.99 nats on SmolLM2 at half its cache (LOG.md).
+    given out. What does not divide evenly goes first where the share is furthest from whole, there first to keys, and
+    is spaced evenly over the layers. Keys come first because sharing them costs more: twice as much on the 30M
+    reference at 25%, and 1.33 against 0.99 nats on SmolLM2 at half its cache (LOG.md).
 
     Raises PlanError below one head per layer and kind.
     """
@@ -67,7 +62,7 @@ def uniform_counts(
         counts[over] -= 1
 
     def rank(unit: int) -> tuple[Fraction, bool]:
-        return counts[unit] - shares[unit], (unit % 2 == 1) != (extra == "values")
+        return counts[unit] - shares[unit], unit % 2 == 1
 
     short = sorted((unit for unit in range(len(counts)) if counts[unit] < shares[unit]), key=rank)
     for tier in [list(units) for _, units in itertools.groupby(short, key=rank)]:

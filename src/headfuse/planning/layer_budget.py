@@ -16,11 +16,14 @@ from headfuse.planning.annealing import anneal_groups, within_distance
 from headfuse.planning.budget import knapsack
 from headfuse.planning.grouping import Group
 
+# The share of its heads that every unit keeps, and the one that the highest losses are raised to, as far as possible.
+MINIMUM, RAISED = 1 / 8, 1 / 2
 
-def allowed_counts(num_heads: int, *, minimum: float = 1 / 8) -> list[int]:
+
+def allowed_counts(num_heads: int) -> list[int]:
     """The counts that a unit may keep: divisors of its heads, from the largest that is at most the minimum share."""
     divisors = [count for count in range(1, num_heads + 1) if num_heads % count == 0]
-    least = max(count for count in divisors if count <= max(1, num_heads * minimum))
+    least = max(count for count in divisors if count <= max(1, num_heads * MINIMUM))
     return [count for count in divisors if count >= least]
 
 
@@ -29,14 +32,12 @@ def greedy_counts(
     heads: Sequence[int],
     total: int,
     *,
-    minimum: float = 1 / 8,
-    raised: float = 1 / 2,
     limit: float = 1 / 4,
 ) -> list[int]:
     """The paper's allocation (Algorithm 5): how many of its `heads` each unit keeps, `total` in all, exactly.
 
-    A unit's score is its own fusion loss; more loss, more heads. Every unit starts at the `minimum` share of its heads.
-    The highest scores are `raised` to half of theirs, as far as the budget and `limit`, a share of the units, allow.
+    A unit's score is its own fusion loss; more loss, more heads. Every unit starts at the `MINIMUM` share of its heads.
+    The highest scores are raised to half of theirs, as far as the budget and `limit`, a share of the units, allow.
     What is left goes, a divisor at a time, to the highest score per head given.
 
     The paper describes the algorithm in prose, for 32 heads. Open there and chosen here: the minimum and the limit;
@@ -46,7 +47,7 @@ def greedy_counts(
     Raises PlanError if no choice of divisors meets the budget.
     """
     assert all(math.isfinite(score) and score >= 0 for score in scores), "fusion losses are finite and not negative"
-    choices = [allowed_counts(num_heads, minimum=minimum) for num_heads in heads]
+    choices = [allowed_counts(num_heads) for num_heads in heads]
     _check_reachable(choices, total)
     counts = [options[0] for options in choices]
 
@@ -57,7 +58,7 @@ def greedy_counts(
 
     to_raise = math.floor(limit * len(heads))
     for unit in sorted(range(len(heads)), key=lambda u: (-scores[u], u)):
-        half = max(n for n in choices[unit] if n <= max(counts[unit], raised * heads[unit]))
+        half = max(n for n in choices[unit] if n <= max(counts[unit], RAISED * heads[unit]))
         if to_raise and half > counts[unit] and possible(unit, half):
             counts[unit] = half
             to_raise -= 1
@@ -74,11 +75,9 @@ def greedy_counts(
     return counts
 
 
-def divisor_groups(
-    distances: Float[Tensor, "n n"], *, minimum: float = 1 / 8, generator: torch.Generator
-) -> dict[int, tuple[Group, ...]]:
+def divisor_groups(distances: Float[Tensor, "n n"], *, generator: torch.Generator) -> dict[int, tuple[Group, ...]]:
     """The best groups found at every count that a unit may keep."""
-    counts = allowed_counts(len(distances), minimum=minimum)
+    counts = allowed_counts(len(distances))
     return {count: anneal_groups(distances, count, generator=generator) for count in counts}
 
 
@@ -93,7 +92,7 @@ def divisor_costs(distances: Float[Tensor, "n n"], groupings: Mapping[int, tuple
 
 
 def knapsack_counts(
-    distances: Sequence[Float[Tensor, "n n"]], total: int, *, minimum: float = 1 / 8, generator: torch.Generator
+    distances: Sequence[Float[Tensor, "n n"]], total: int, *, generator: torch.Generator
 ) -> tuple[list[int], list[tuple[Group, ...]]]:
     """The counts with the least fusion loss left in all units together, and the groups that have it.
 
@@ -101,7 +100,7 @@ def knapsack_counts(
     its allocation dynamic programming and describes a greedy one (`greedy_counts`); this is what it says. Optimal over
     the groups that annealing found at each count. Raises PlanError if `total` is below every unit's minimum.
     """
-    groupings = [divisor_groups(each, minimum=minimum, generator=generator) for each in distances]
+    groupings = [divisor_groups(each, generator=generator) for each in distances]
     counts = knapsack([divisor_costs(each, found) for each, found in zip(distances, groupings, strict=True)], total)
     return counts, [found[count] for found, count in zip(groupings, counts, strict=True)]
 
@@ -126,5 +125,5 @@ def _check_reachable(choices: Sequence[Sequence[int]], total: int) -> None:
     nearest = " or ".join(str(n) for n in below[-1:] + above[:1])
     raise PlanError(
         f"wanted {total} cached heads, got equal groups that reach {nearest} (from {found[0]} to "
-        f"{found[-1]}); choose one of these, or another minimum"
+        f"{found[-1]}); choose one of these"
     )
