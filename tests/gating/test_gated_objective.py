@@ -1,13 +1,7 @@
-"""The loss of a gated model: any objective, the penalty, and the same gates for every process and micro-batch."""
-
-import os
-import socket
-import warnings
+"""The loss of a gated model: any objective, the penalty, and the same gates for every micro-batch."""
 
 import pytest
 import torch
-from torch import multiprocessing
-from torch.testing import assert_close
 
 from headfuse.checkpoints.attention import attention_of, attention_replaced
 from headfuse.checkpoints.opened import LoadedModel
@@ -19,9 +13,8 @@ from headfuse.gating.objective import GatedObjective
 from headfuse.gating.schedule import Schedule
 from headfuse.training.objectives import LanguageModelling
 from headfuse.training.optimizers import ParameterGroup
-from headfuse.training.processes import Processes, processes
 from pico import pico, shared, tokens
-from short_runs import HERE, LENGTH, ROWS, curve, run, short, trained_of
+from short_runs import LENGTH, ROWS, curve, run, short, trained_of
 
 STEPS = 10
 
@@ -50,7 +43,7 @@ class Gated:
             found.append(ParameterGroup("multipliers", climbing, 0.1, ascent=True))
         return found
 
-    def train(self, here: Processes = HERE, root=None, **changed):
+    def train(self, **changed):
         with attention_replaced(self.loaded.layers, dict(enumerate(self.modules))):
             trained = trained_of(
                 self.model,
@@ -60,7 +53,7 @@ class Gated:
                 after_step=self.controller.after_step,
             )
             options = short(tokens=STEPS * ROWS * LENGTH, save_every=3, rate=1e-3, **changed)
-            return run(trained, options, root, here=here)
+            return run(trained, options)
 
 
 def test_the_penalty_comes_on_top_of_the_loss():
@@ -76,7 +69,7 @@ def test_the_penalty_comes_on_top_of_the_loss():
 
 def test_the_figures_are_those_of_the_gates():
     gated = Gated()
-    gated.gates.set_logits(torch.tensor([10.0, -10, -10, 0, 10, 10, -10, -10]))
+    gated.gates.logits.data.copy_(torch.tensor([10.0, -10, -10, 0, 10, 10, -10, -10]))
     logged = gated.loss().logged
     assert logged["share_off"].item() == 0.5
     assert logged["mean_gate"].item() == pytest.approx(3.5 / 8)
@@ -85,7 +78,7 @@ def test_the_figures_are_those_of_the_gates():
 
 def test_every_layer_gets_its_own_gates():
     gated = Gated()
-    gated.gates.set_logits(torch.tensor([10.0, -10, 10, -10, -10, -10, 10, 10]))
+    gated.gates.logits.data.copy_(torch.tensor([10.0, -10, 10, -10, -10, -10, 10, 10]))
     gated.loss()
     found = [[part.gates.tolist() for part in gated_parts(module)] for module in gated.modules]
     assert all(values == [1.0, 0.0, 1.0, 0.0] for values in found[0])
@@ -107,34 +100,3 @@ def test_micro_batches_see_the_same_gates(name):
     for figure in ("share_off", "mean_gate", "target"):
         assert curve(whole, figure) == pytest.approx(curve(split, figure), abs=1e-4)
     assert curve(whole) == pytest.approx(curve(split), abs=1e-4)
-
-
-def work(rank: int, world: int, port: int, folder: str) -> None:
-    """What each of the processes does."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    warnings.filterwarnings("error", message="FSDP2")
-    with processes(torch.device("cpu")) as here:
-        for name in CONTROLLERS:
-            gated = Gated(name)
-            report = gated.train(here)
-            torch.save((report.metrics, gated.gates.whole_logits()), f"{folder}/{name}-{rank}.pt")
-
-
-def test_two_processes_draw_the_same_gates_as_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(work, (2, port, str(tmp_path)), nprocs=2)
-    for name in CONTROLLERS:
-        alone = Gated(name)
-        wanted = alone.train().metrics
-        logits = []
-        for rank in (0, 1):
-            metrics, found = torch.load(tmp_path / f"{name}-{rank}.pt")
-            logits.append(found)
-            for figure in ("loss", "sparsity", "share_off", "mean_gate", "target"):
-                assert [row[figure] for row in metrics] == pytest.approx([row[figure] for row in wanted], abs=1e-4)
-        assert torch.equal(*logits)
-        assert_close(logits[0], alone.gates.whole_logits(), atol=1e-3, rtol=0)

@@ -137,7 +137,6 @@ class FusedProjection(nn.Module):
     allowed: Tensor
     first: Tensor
     second: Tensor
-    full_precision = True  # for `training.processes.shard`
 
     def __init__(
         self,

@@ -63,7 +63,7 @@ class Projection(Controller):
     def __init__(self, gates: Gates, schedule: Schedule, *, seed: int) -> None:
         super().__init__(gates, schedule, seed=seed)
         self.progress = 0.0
-        self.register_buffer("start", gates.whole_logits(), persistent=False)
+        self.register_buffer("start", gates.logits.detach().clone(), persistent=False)
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
@@ -71,19 +71,18 @@ class Projection(Controller):
         super().before_step(step)
         gates, schedule = self.gates, self.schedule
         self.progress = schedule.progress(step)
-        logits = gates.whole_logits()
         if step:
-            now, target = sparsity(logits, gates.kind), schedule.target(step)
-            logits = projected(logits, now, target=target, progress=self.progress, wall=gates.kind.wall)
-            gates.set_logits(logits)
-        self.start.copy_(logits)
+            now, target = sparsity(gates.logits, gates.kind), schedule.target(step)
+            moved = projected(gates.logits, now, target=target, progress=self.progress, wall=gates.kind.wall)
+            gates.logits.copy_(moved)
+        self.start.copy_(gates.logits)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Take back a part of what the optimizer did, more of it the further from the target and the later."""
         gates = self.gates
         gap = (sparsity(self.start, gates.kind) - gates.target).abs()
-        gates.set_logits(gates.whole_logits().lerp(self.start, damping(gap, self.progress)))
+        gates.logits.lerp_(self.start, damping(gap, self.progress))
 
 
 class Lagrangian(Controller):
@@ -99,7 +98,7 @@ class Lagrangian(Controller):
     def after_step(self) -> None:
         """Keep the logits within their walls."""
         wall = self.gates.kind.wall
-        self.gates.set_logits(self.gates.whole_logits().clamp(-wall, wall))
+        self.gates.logits.clamp_(-wall, wall)
 
     def penalty(self, sparsity: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """What is added to the loss."""
@@ -134,7 +133,7 @@ class Ramp(Controller):
         gates, wall = self.gates, self.gates.kind.wall
         gates.noise.zero_()
         off = self.order < int(len(self.order) * self.schedule.target(step))
-        gates.set_logits(torch.where(off, -wall, wall).to(gates.noise))
+        gates.logits.copy_(torch.where(off, -wall, wall))
 
     def penalty(self, sparsity: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """Nothing."""

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 # Keep probabilities stay away from 0 and 1 by this.
 MARGIN = 1e-6
@@ -104,7 +103,7 @@ def sparsity(logits: Float[Tensor, " M"], kind: HardConcrete) -> Float[Tensor, "
 
 
 def noise_of(count: int, kind: HardConcrete, *, seed: int, step: int) -> Float32[Tensor, " count"]:
-    """`logit u` of every gate: a function of the seed and the step alone, on the CPU, so the same in every process."""
+    """`logit u` of every gate: a function of the seed and the step alone, on the CPU, so the same on every device."""
     # Hashed: neighbouring seeds must not be each other's steps.
     mixed = int.from_bytes(hashlib.sha256(f"gates {seed} {step}".encode()).digest()[:7], "big")
     low, high = kind.noise
@@ -131,7 +130,6 @@ class Gates(nn.Module):
     allowed: Tensor
     target: Tensor
     pressure: Tensor
-    full_precision = True  # for `training.processes.shard`
 
     def __init__(self, layers: int, heads: int, kind: HardConcrete, *, generator: torch.Generator) -> None:
         super().__init__()
@@ -147,19 +145,4 @@ class Gates(nn.Module):
         """Draw the gates of the step."""
         assert self.logits.dtype == torch.float32, "the logits were cast down with the model"
         values = sample(self.logits, self.noise, self.kind).view(self.shape)
-        # A product and no view, of which FSDP2 warns.
         return DrawnGates(self.allowed.view(self.shape) * values, sparsity(self.logits, self.kind))
-
-    @torch.no_grad()
-    def whole_logits(self) -> Float[Tensor, " M"]:
-        """A copy of all logits, also of sharded ones."""
-        logits = self.logits
-        return logits.full_tensor() if isinstance(logits, DTensor) else logits.detach().clone()
-
-    @torch.no_grad()
-    def set_logits(self, logits: Float[Tensor, " M"]) -> None:
-        """Put all logits in place, also of sharded ones."""
-        mine: Tensor = self.logits
-        if isinstance(mine, DTensor):
-            logits = distribute_tensor(logits, mine.device_mesh, mine.placements)
-        mine.copy_(logits)

@@ -14,7 +14,7 @@ from headfuse.training.objectives import Losses, Objective
 class GatedObjective(nn.Module):
     """Draws the gates of a step, hands every layer its own, and adds the controller's penalty to the loss.
 
-    All of a step's micro-batches, and all processes, see the same gates; the paper's code draws anew for each. Gates
+    All of a step's micro-batches see the same gates; the paper's code draws anew for each. Gates
     and multipliers are stored with the model, so that a resumed run has them.
     """
 

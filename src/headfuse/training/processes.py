@@ -79,17 +79,13 @@ def shard(module: nn.Module, blocks: nn.ModuleList, here: Processes) -> None:
     """Spread a module's parameters over the processes, block by block (FSDP2), in place; alone, do nothing.
 
     Parameters stay fp32 in memory; they travel and compute in bf16 under that precision, gradients are summed in fp32.
-    Modules that ask for it (`full_precision`) compute in fp32 whatever the precision.
     """
     if here.mesh is None:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    exact = MixedPrecisionPolicy()
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if here.precision == "bf16" else exact
-    for inner in module.modules():
-        if getattr(inner, "full_precision", False):
-            fully_shard(inner, mesh=here.mesh, mp_policy=exact)
+    bf16 = here.precision == "bf16"
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for block in blocks:
         fully_shard(block, mesh=here.mesh, mp_policy=policy)
     fully_shard(module, mesh=here.mesh, mp_policy=policy)
