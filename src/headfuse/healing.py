@@ -20,7 +20,7 @@ from headfuse.checkpoints.source import Source, locate
 from headfuse.checkpoints.validation import check_weights
 from headfuse.checkpoints.write import write_checkpoint
 from headfuse.errors import ConfigError
-from headfuse.folder import OutputFolder, check_output, writing
+from headfuse.folder import OutputFolder, check_output, run_folder_of, writing
 from headfuse.manifest import manifest, peak_memory
 from headfuse.models.dha.decoupled_attention import DecoupledAttention
 from headfuse.placement import Placement
@@ -109,8 +109,8 @@ def heal(
     Raises a HeadfuseError, and leaves `out` as it was, for anything that a user can cause.
     """
     started = time.monotonic()
-    out = Path(out)
-    root = run_folder or out.with_name(out.name + ".run")
+    out = Path(out).expanduser()
+    root = run_folder or run_folder_of(out)
     device, precision = (placement or Placement()).resolve()
     prepare_products(deterministic=options.deterministic)
     check_lm_weight(lm_weight)

@@ -229,6 +229,18 @@ def test_a_taken_output_is_refused_first_and_replaced_on_demand(heal, model, tmp
     assert not (tmp_path / "healed" / "notes.txt").exists()
 
 
+def test_an_output_may_be_at_home_and_its_run_is_beside_it(interrupted, heal, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert interrupted("--save-every", "4", after=6, out="~/healed").code == 130
+    assert left_behind(tmp_path) == ["healed.run"]
+    assert json.loads(heal("--save-every", "4", "--json", out="~/healed").out)["out"] == str(tmp_path / "healed")
+
+
+def test_the_current_folder_is_no_output(heal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(heal(out="."), "got the current one")
+
+
 def test_the_folder_of_the_run_is_no_folder_of_others(heal, converted, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
@@ -243,10 +255,10 @@ def test_the_folder_of_the_run_is_no_folder_of_others(heal, converted, tmp_path)
 def interrupted(heal, tmp_path, monkeypatch):
     """Heal until some steps are done, then Ctrl-C."""
 
-    def command(*options, after):
+    def command(*options, after, **folders):
         with monkeypatch.context() as patch:
             patch.setattr(progress, "for_terminal", lambda: stopping(after, error=KeyboardInterrupt))
-            return heal(*options)
+            return heal(*options, **folders)
 
     return command
 

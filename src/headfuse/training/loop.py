@@ -66,12 +66,11 @@ class TrainingReport:
 class Trained:
     """What is trained: a model, the module list of its blocks, and what is minimised.
 
-    `own_groups` gives the parameters with a rate of their own (a function: sharding makes new ones); `weights` says
-    whether all others are trained too. `before_step` is told the number of the step that comes (schedules live
-    there), `after_step` runs behind every update (multipliers are kept above zero there);
-    `finished`, asked now and then, ends the run early. An objective that is a module is stored with the model.
-    `measure` gives further numbers for the log where it is looked at; `teacher` is named to count its work and to be
-    compiled too.
+    `own_groups` gives the parameters with a rate of their own; `weights` says whether all others are trained too.
+    `before_step` is told the number of the step that comes (schedules live there), `after_step` runs behind every
+    update (multipliers are kept above zero there); `finished`, asked now and then, ends the run early. An objective
+    that is a module is stored with the model. `measure` gives further numbers for the log where it is looked at;
+    `teacher` is named to count its work and to be compiled too.
     """
 
     model: PreTrainedModel
