@@ -62,6 +62,9 @@ def test_values_have_the_types_of_the_options(tmp_path):
         ("zzzzzz: 1", "see --help"),
         ("- kv", "wanted options and their values, got list"),
         ("kv: [", "wanted a recipe, got"),
+        ("recipe: other.yaml", "no option 'recipe'"),
+        ("target: mha", "r.yaml: Invalid value for '--target': 'mha' is not one of 'gqa', 'dha'"),
+        ("row-length: 1", "r.yaml: Invalid value for '--row-length'"),
     ],
 )
 def test_what_is_no_recipe_is_one_line(tmp_path, content, message):

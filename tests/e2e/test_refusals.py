@@ -152,12 +152,27 @@ def test_a_plan_of_another_model_is_refused(convert, tmp_path):
     assert_nothing_written(tmp_path)
 
 
-@pytest.mark.parametrize("arguments", [("--target", "mha"), ("--budget", "huge"), ("--no-such-option",)], ids=str)
-def test_a_usage_error_is_exit_status_two(convert, tmp_path, arguments):
-    outcome = convert(*arguments)
-    assert outcome.code == 2
-    assert outcome.err
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--target", "mha"), ("'--target'", "'gqa', 'dha'")),
+        (("--row-length", "1"), ("'--row-length'",)),
+        (("--no-such-option",), ("--no-such-option",)),
+        (("--data",), ("'--data' requires an argument",)),
+        (("one-too-many",), ("one-too-many",)),
+    ],
+    ids=str,
+)
+def test_a_usage_error_is_one_line(convert, tmp_path, arguments, words):
+    assert_refused(convert(*arguments), *words, "--help`")
     assert_nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"), [(("convert",), "'model'"), (("frob",), "'frob'"), (("--frob",), "--frob")], ids=str
+)
+def test_a_usage_error_before_a_command_is_one_line(run, arguments, word):
+    assert_refused(run(*arguments), word, "--help`")
 
 
 def test_a_taken_output_is_kept_unless_told(convert, model, tmp_path):

@@ -10,10 +10,12 @@ from headfuse.cli.evaluate import evaluate
 from headfuse.cli.heal import heal
 from headfuse.cli.look import demo, inspect
 from headfuse.cli.serve import bench, generate
+from headfuse.cli.usage import OneLineGroup
 from headfuse.errors import HeadfuseError
 
 app = typer.Typer(
     name="headfuse",
+    cls=OneLineGroup,
     help="Turn a transformer checkpoint with many key/value heads into one with few.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

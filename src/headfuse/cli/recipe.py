@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 import yaml
 
+from headfuse.cli.usage import message
 from headfuse.errors import ConfigError
 
 
@@ -20,14 +21,19 @@ def take_recipe(context: typer.Context, path: Path | None) -> None:
         raise ConfigError(f"{path}: wanted a recipe, got {error}; give a YAML file of options") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: wanted options and their values, got {type(content).__name__}; write 'kv: 25%'")
-    known = {option.removeprefix("--"): p.name for p in context.command.params for option in p.opts}
-    for name in content:
+    options = [each for each in context.command.params if not each.is_eager]  # a recipe names no other
+    known = {option.removeprefix("--"): each for each in options for option in each.opts}
+    for name, value in content.items():
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 1)
             raise ConfigError(
                 f"{path}: no option {name!r}; " + (f"did you mean {near[0]!r}?" if near else "see --help")
             )
-    context.default_map = {known[name]: value for name, value in content.items()}
+        try:
+            known[name].process_value(context, value)
+        except typer.BadParameter as error:
+            raise ConfigError(f"{path}: {message(error)}; change the recipe") from error
+    context.default_map = {known[name].name: value for name, value in content.items()}
 
 
 Recipe = Annotated[
