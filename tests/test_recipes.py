@@ -7,6 +7,7 @@ import pytest
 from typer.main import get_command
 
 from headfuse.cli import app
+from headfuse.cli.budget import check_one_budget
 from headfuse.cli.convert import sharing_of
 from headfuse.cli.readers import READERS, check_read
 from headfuse.errors import ConfigError
@@ -45,6 +46,16 @@ def test_every_option_that_methods_read_is_one_of_convert(tmp_path):
 def test_a_recipe_of_healing_parses_and_the_command_line_wins(recipe):
     assert context(recipe, command="heal").params["rate"] == 1e-5
     assert context(recipe, "--rate", "1e-4", command="heal").params["rate"] == 1e-4
+
+
+@pytest.mark.parametrize("kept", [("--key-heads", "2"), ("--plan", "plan.json")], ids=str)
+def test_what_overrides_the_budget_of_a_recipe_stands_on_the_command_line(tmp_path, kept):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("kv: 25%\n")
+    check_one_budget(context(recipe, *kept))
+    recipe.write_text(f"{kept[0].removeprefix('--')}: {kept[1]}\n")
+    with pytest.raises(ConfigError, match=f"wanted --kv or {kept[0]}, got both"):
+        check_one_budget(context(recipe, "--kv", "25%"))
 
 
 def test_values_have_the_types_of_the_options(tmp_path):

@@ -58,9 +58,11 @@ def test_a_full_budget_keeps_the_model(convert, model, tmp_path):
     torch.testing.assert_close(logits_of(same, tokens(2, 9)), logits_of(stock, tokens(2, 9)), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("options", [("--budget", "adaptive"), ("--key-heads", "1", "--value-heads", "3")], ids=str)
+@pytest.mark.parametrize(
+    "options", [("--kv", "50%", "--budget", "adaptive"), ("--key-heads", "1", "--value-heads", "3")], ids=str
+)
 def test_heads_can_be_spread_and_named(convert, options):
-    outcome = convert("--kv", "50%", *options, "--json")
+    outcome = convert(*options, "--json")
     assert outcome.code == 0, outcome.err
     done = json.loads(outcome.out)
     assert sum(done["key_heads"] + done["value_heads"]) == 8

@@ -17,7 +17,8 @@ from short_runs import stopping
 from tiny_tokenizer import VOCABULARY, tiny_tokenizer
 from weight_folders import WEIGHTS
 
-LEARN = ("--method", "dha", "--kv", "50%", "--tokens", "2k", "--rows", "4", "--row-length", "32", "--repeat")
+TRAIN = ("--method", "dha", "--tokens", "2k", "--rows", "4", "--row-length", "32", "--repeat")
+LEARN = (*TRAIN, "--kv", "50%")
 DELTA = ("--init", "delta", "--search-share", "0.2", "--fusion-share", "0.3")
 
 
@@ -56,7 +57,6 @@ def test_people_see_what_was_trained(convert):
         ((*DELTA, "--search-share", "0"), "wanted a search"),
         ((*DELTA, "--search-share", "0.9"), "from 0 to 1 together"),
         ((*DELTA, "--target", "gqa"), "wanted target dha"),
-        ((*DELTA, "--key-heads", "2"), "numbers of heads"),
         (("--data", "absent.txt"), "no such file"),
     ],
     ids=str,
@@ -66,12 +66,17 @@ def test_training_that_cannot_be_is_refused_in_one_line(convert, tmp_path, optio
     assert_nothing_written(tmp_path)
 
 
+def test_numbers_of_heads_are_refused_where_a_search_finds_the_groups(convert, tmp_path):
+    assert_refused(convert(*TRAIN, *DELTA, "--key-heads", "2"), "numbers of heads")
+    assert_nothing_written(tmp_path)
+
+
 def test_a_plan_is_refused_where_a_search_finds_the_groups(convert, tmp_path):
     assert convert("--kv", "50%", out=tmp_path / "first").code == 0
     plan = tmp_path / "first" / "headfuse" / "plan.json"
-    assert_refused(convert(*LEARN, *DELTA, "--plan", plan), "no plan")
+    assert_refused(convert(*TRAIN, *DELTA, "--plan", plan), "no plan")
     assert_nothing_written(tmp_path)
-    assert convert(*LEARN, "--plan", plan).code == 0
+    assert convert(*TRAIN, "--plan", plan).code == 0
 
 
 def test_keys_that_a_norm_ties_together_are_refused_before_any_work(convert, tmp_path):
@@ -137,7 +142,7 @@ def another(text, tmp_path):
     ],
 )
 def test_a_run_is_not_resumed_into_another_model(convert, interrupted, another, text, option, value, word):
-    learn = (*LEARN, "--save-every", "5", "--data", text, "--plan", another / "first.json")
+    learn = (*TRAIN, "--save-every", "5", "--data", text, "--plan", another / "first.json")
     assert interrupted(*learn).code == 130
     given = another / value if isinstance(value, str) else value
     if option == "source":

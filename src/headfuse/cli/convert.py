@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from headfuse.cli.budget import check_one_budget
 from headfuse.cli.options import (
     Budget,
     Captured,
@@ -136,6 +137,7 @@ def convert(
     sharing, refitted = sharing_of(method, init)
     method_named(sharing)
     check_read(context, method, sharing)
+    check_one_budget(context)
     if kv_heads is not None:
         if key_heads is not None or value_heads is not None:
             raise ConfigError("wanted --kv-heads or --key-heads and --value-heads, got both; leave one out")
