@@ -1,6 +1,7 @@
 """Conversion in memory, on tiny models of every family: exact where it can be, on budget, repeatable."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -147,6 +148,29 @@ def test_key_and_value_heads_can_be_named(counts, expected):
     loaded = opened(pico("llama"))
     converted = convert_heads(loaded, ROWS, settings(key_heads=counts[0], value_heads=counts[1]))
     assert [(h.num_key_heads, h.num_value_heads) for h in converted.heads] == [expected] * 2
+
+
+@pytest.mark.parametrize(
+    ("others", "error", "message"),
+    [
+        ({"method": "svd"}, ConfigError, "mean-pool, procrustes, closed-form"),
+        ({"target": "mqa"}, ConfigError, "wanted a target, got 'mqa'; choose one of gqa, dha"),
+        ({"budget": "greedy"}, ConfigError, "wanted a budget, got 'greedy'; choose one of uniform, adaptive"),
+        ({"seed": 2**63}, ConfigError, "wanted a seed"),
+        ({"share": 2.0}, PlanError, "at most 1, got 2.0"),
+        ({"share": "150%"}, PlanError, "at most 100%"),
+        ({"share": None}, PlanError, "wanted a share above 0 and at most 1, got None"),
+    ],
+    ids=str,
+)
+def test_settings_that_mean_nothing_are_refused_where_they_are_written(others, error, message):
+    with pytest.raises(error, match=message):
+        Settings(**others)
+
+
+@pytest.mark.parametrize("share", ["30%", 0.3, Fraction(3, 10)])
+def test_a_share_may_be_a_number_or_text(share):
+    assert replace(Settings(share=share), seed=1).share == Fraction(3, 10)
 
 
 def test_named_heads_override_the_share():

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,8 @@ from torch import Tensor
 from headfuse.checkpoints.attention import attention_of, attention_replaced
 from headfuse.checkpoints.heads import AttentionHeads
 from headfuse.checkpoints.opened import LoadedModel
-from headfuse.errors import PlanError
-from headfuse.planning.budget import gqa_count, head_plan, knapsack, uniform_counts
+from headfuse.errors import ConfigError, PlanError
+from headfuse.planning.budget import gqa_count, head_plan, knapsack, share_of, uniform_counts
 from headfuse.planning.grouping import HeadGroups
 from headfuse.planning.plan import HeadPlan, Target
 from headfuse.precision import Precision, precision_context
@@ -29,6 +29,8 @@ from headfuse.statistics.moments import LayerStatistics
 from headfuse.statistics.stream import stream_layers
 
 Counts = list[tuple[int, int]]
+Spread = Literal["uniform", "adaptive"]
+SEEDS = 2**63  # torch takes twice as many, and some seeds are counted on from
 # Rows of the calibration text on which an adaptive budget measures divergence.
 PROBE_ROWS = 4
 
@@ -37,7 +39,8 @@ PROBE_ROWS = 4
 class Settings:
     """How to convert: method, shape of the result, budget, refit.
 
-    `share` of the source's cached heads may stay; `key_heads` and `value_heads`, per layer, override it.
+    `share` of the source's cached heads may stay, a number or text like "25%"; `key_heads` and `value_heads`, per
+    layer, override it.
     """
 
     method: str = "closed-form"
@@ -45,11 +48,21 @@ class Settings:
     share: Fraction = Fraction(1, 4)
     key_heads: int | None = None
     value_heads: int | None = None
-    budget: Literal["uniform", "adaptive"] = "uniform"
+    budget: Spread = "uniform"
     options: SharingOptions = field(default_factory=SharingOptions)
     refit: RefitOptions | None = field(default_factory=RefitOptions)
     seed: int = 0
     precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        """Read the share; PlanError for one that is none, ConfigError for anything else that means nothing."""
+        method_named(self.method)
+        for name, kind in (("target", Target), ("budget", Spread), ("precision", Precision)):
+            if getattr(self, name) not in (known := get_args(kind)):
+                raise ConfigError(f"wanted a {name}, got {getattr(self, name)!r}; choose one of {', '.join(known)}")
+        if not 0 <= self.seed < SEEDS:
+            raise ConfigError(f"wanted a seed from 0 to {SEEDS - 1}, got {self.seed}; choose a smaller one")
+        object.__setattr__(self, "share", share_of(self.share))
 
 
 @dataclass(frozen=True)

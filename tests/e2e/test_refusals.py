@@ -161,6 +161,8 @@ def test_a_plan_of_another_model_is_refused(convert, tmp_path):
     [
         (("--target", "mha"), ("'--target'", "'gqa', 'dha'")),
         (("--row-length", "1"), ("'--row-length'",)),
+        (("--seed", "99999999999999999999"), ("'--seed'",)),
+        (("--seed", "-1"), ("'--seed'",)),
         (("--no-such-option",), ("--no-such-option",)),
         (("--data",), ("'--data' requires an argument",)),
         (("one-too-many",), ("one-too-many",)),

@@ -10,7 +10,7 @@ from headfuse.precision import Precision
 
 Model = Annotated[str, typer.Argument(help="A model folder, a Hugging Face id, `demo` or `smollm2`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.", min=0, max=2**63 - 1)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default the first GPU, else the CPU.")]
 Tokens = Annotated[str, typer.Option(help="Number of tokens: 65536, 64k, 1M.")]
 PrecisionOption = Annotated[Precision | None, typer.Option(help="By default bf16 where the hardware is fast at it.")]

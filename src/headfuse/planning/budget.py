@@ -37,6 +37,19 @@ def parse_budget(text: str) -> Fraction:
     return share
 
 
+def share_of(budget: Fraction | float | str) -> Fraction:
+    """The share of the source cache that a number, or what `parse_budget` takes, says; PlanError for others."""
+    if isinstance(budget, str):
+        return parse_budget(budget)
+    try:
+        share = Fraction(budget if isinstance(budget, Fraction) else str(budget))  # 0.3 is 3/10, not the nearest float
+    except ValueError:
+        share = Fraction(0)
+    if not 0 < share <= 1:
+        raise PlanError(f"wanted a share above 0 and at most 1, got {budget}; {_EXAMPLES}")
+    return share
+
+
 def uniform_counts(source_heads: Sequence[tuple[int, int]], fraction: Fraction) -> list[tuple[int, int]]:
     """(key heads, value heads) of every layer, in proportion to the source's and spending the budget exactly.
 
