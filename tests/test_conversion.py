@@ -173,6 +173,12 @@ def test_a_share_may_be_a_number_or_text(share):
     assert replace(Settings(share=share), seed=1).share == Fraction(3, 10)
 
 
+@pytest.mark.parametrize("heads", [{"key_heads": 2}, {"key_heads": 2, "value_heads": 2}])
+def test_an_adaptive_budget_spreads_a_share_and_no_numbers_of_heads(heads):
+    with pytest.raises(PlanError, match="numbers of heads"):
+        check_reachable(opened(pico("llama")), settings(budget="adaptive", **heads))
+
+
 def test_named_heads_override_the_share():
     loaded = opened(pico("llama"))
     check_reachable(loaded, settings(share=Fraction(1, 100), key_heads=1))

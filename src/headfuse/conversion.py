@@ -160,6 +160,11 @@ def check_reachable(loaded: LoadedModel, settings: Settings, *, planned: bool = 
         )
     if settings.target == "gqa" and settings.budget == "adaptive":
         raise PlanError("target gqa has one head count in all layers, so its budget is uniform; use --target dha")
+    if not planned and settings.budget == "adaptive" and {settings.key_heads, settings.value_heads} != {None}:
+        raise PlanError(
+            "wanted a share of the cache for an adaptive budget, which chooses the heads of every layer, got numbers "
+            "of heads; use --kv or --budget uniform"
+        )
     if not planned:
         _uniform(sources, loaded.heads[0].num_query_heads, settings)
 

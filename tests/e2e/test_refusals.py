@@ -95,6 +95,7 @@ def test_a_pickle_is_accepted_on_demand(convert, damaged):
         (("--kv", "75%", "--target", "gqa"), "reachable budgets"),
         (("--kv", "50%", "--target", "gqa", "--budget", "adaptive"), "uniform"),
         (("--key-heads", "0"), "ask for 1 up to"),
+        (("--kv-heads", "2", "--budget", "adaptive"), "numbers of heads"),
         (("--kv", "25%", "--key-heads", "2"), "wanted --kv or --key-heads, got both"),
         (("--kv-heads", "2", "--kv", "25%"), "wanted --kv or --kv-heads, got both"),
         (("--kv", "25%", "--plan", "plan.json"), "wanted --kv or --plan, got both"),
