@@ -89,6 +89,13 @@ def test_impossible_measurements_are_refused(run, model, options, words):
     assert_refused(run("bench", model, *options), *words)
 
 
+def test_a_folder_to_save_in_is_refused_before_anything_is_measured(run, model, tmp_path):
+    (tmp_path / "folder").mkdir()
+    outcome = run("bench", model, *SMALL, "--save", tmp_path / "folder")
+    assert_refused(outcome, "folder: wanted a file to write, got a folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_an_unknown_model_is_refused(run, tmp_path):
     assert_refused(run("bench", tmp_path / "nothing", *SMALL), "nothing")
 

@@ -77,6 +77,8 @@ def bench(
 
     if save is not None and not save.absolute().parent.is_dir():
         raise ConfigError(f"{save}: wanted a file in a folder that exists, got none; create {save.parent} first")
+    if save is not None and save.is_dir():
+        raise ConfigError(f"{save}: wanted a file to write, got a folder; name a file, {save / 'bench.json'} say")
     found = benchmark(
         model,
         against=against,
