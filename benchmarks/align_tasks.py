@@ -44,7 +44,7 @@ from headfuse.checkpoints.source import locate
 from headfuse.conversion import convert_heads, gather_statistics
 from headfuse.course import Course
 from headfuse.evaluation.exact_match import measure_exact_match
-from headfuse.evaluation.tasks import evaluate_tasks
+from headfuse.evaluation.tasks import evaluate_tasks, find_tasks
 from headfuse.healing import heal
 from headfuse.placement import Placement
 from headfuse.progress import for_terminal
@@ -252,7 +252,7 @@ def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, work: Path
         found = measure_exact_match(model, tokenizer, read_examples(work / LISTED), **settings)
         return {task: result | {"share": result["exact_match"]} for task, result in found.items()}
     files = [str(work / RANKED / f"{task}.jsonl") for task in TASKS]
-    found = evaluate_tasks(model, tokenizer, files, **settings)
+    found = evaluate_tasks(model, tokenizer, find_tasks(files), **settings)
     for task, result in found.items():
         result["share"] = result["accuracy_per_byte" if task in LONG_CHOICES else "accuracy"]
     mean = {name: fmean(each[name] for each in found.values()) for name in ("share", "nll")}

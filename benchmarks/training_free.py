@@ -27,7 +27,7 @@ from headfuse.checkpoints.registry import adapter_for
 from headfuse.checkpoints.source import locate
 from headfuse.comparison import Case, Comparison, Result
 from headfuse.conversion import Settings
-from headfuse.evaluation.tasks import evaluate_tasks
+from headfuse.evaluation.tasks import evaluate_tasks, find_tasks
 from headfuse.evaluation.text_loss import measure_text_loss
 from headfuse.manifest import git_commit, hardware, peak_memory, versions
 from headfuse.placement import Placement
@@ -54,12 +54,12 @@ def main() -> None:
         load_tokens(options.calibration, tokenizer, num_tokens=options.tokens, length=LENGTH, seed=options.seed),
         blocks(options.evaluation),
     ]
-    specs = [spec for spec in options.tasks.split(",") if spec]
+    tasks = find_tasks([spec for spec in options.tasks.split(",") if spec])
 
     def judge(judged: PreTrainedModel) -> dict[str, Any]:
-        if not specs or tokenizer is None:
+        if tokenizer is None:
             return {}
-        return evaluate_tasks(judged, tokenizer, specs, precision=options.precision, progress=for_terminal())
+        return evaluate_tasks(judged, tokenizer, tasks, precision=options.precision, progress=for_terminal())
 
     loaded = LoadedModel.of(model, adapter_for(model.config))
     comparison = Comparison(options.table, loaded, reference, texts[0].tokens, texts[1], judge)

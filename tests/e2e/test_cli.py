@@ -4,7 +4,11 @@ import json
 import subprocess
 import sys
 
+import numpy as np
+import pytest
+
 from command_line import assert_refused
+from pico import tokens
 
 MEASURE = ("--tokens", "128", "--length", "32", "--precision", "fp32")
 
@@ -37,6 +41,32 @@ def test_a_failed_gate_is_exit_status_one(run, convert, model, text, tmp_path):
     assert json.loads(outcome.out)["text"]
     assert outcome.err.splitlines()[-1].startswith("headfuse: gate failed")
     assert_refused(run("eval", tmp_path / "out", "--max-delta-ce", "1"), "--against")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (None, ("no such file",)),
+        ('{"question": "a"}', ("tasks.jsonl:1: wanted the fields context, choices and label",)),
+        ('{"context": "a", "choices": ["b", "c"], "label": 2}', ("wanted a label from 0 to 1, got 2",)),
+    ],
+    ids=str,
+)
+def test_tasks_that_cannot_run_are_refused_before_anything_is_measured(run, model, tmp_path, line, words):
+    tasks = tmp_path / "tasks.jsonl"
+    if line is not None:
+        tasks.write_text(line + "\n")
+    assert_refused(run("eval", model, *MEASURE, "--tasks", tasks), *words)
+
+
+def test_tasks_without_a_tokenizer_are_refused_before_anything_is_measured(run, damaged, tmp_path):
+    for file in damaged.glob("tokenizer*"):
+        file.unlink()
+    np.save(tmp_path / "ids.npy", tokens(1, 600)[0].numpy())
+    (tmp_path / "tasks.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "label": 1}\n')
+    measure = ("--text", tmp_path / "ids.npy", *MEASURE)
+    assert run("eval", damaged, *measure).code == 0
+    assert_refused(run("eval", damaged, *measure, "--tasks", tmp_path / "tasks.jsonl"), "tasks want a tokenizer")
 
 
 def test_text_is_generated(run, model):

@@ -12,7 +12,7 @@ from headfuse.errors import CheckpointError, ConfigError, TextError
 from headfuse.evaluation.loglikelihood import Score, encode_requests, score_requests
 from headfuse.evaluation.report import EvaluationReport
 from headfuse.evaluation.task_files import Question, Request, Task, find_task_files, read_task
-from headfuse.evaluation.tasks import evaluate_tasks, summarize
+from headfuse.evaluation.tasks import evaluate_tasks, find_tasks, summarize
 from pico import logits_of, pico
 from tiny_tokenizer import BOS, VOCABULARY, tiny_tokenizer
 
@@ -168,8 +168,8 @@ BAD_TASKS = {
     "no json": (b"{", ":1: wanted JSON lines"),
     "no utf-8": (b"\xff", "wanted JSON lines"),
     "a list": (b"[1]", "wanted a JSON object a line, got list"),
-    "no label": ([{"context": "a", "choices": ["b"]}], ":1: wanted context, choices and label"),
-    "no strings": ([{"context": "a", "choices": [1, 2], "label": 0}], "TypeError int for a string"),
+    "no label": ([{"context": "a", "choices": ["b"]}], "fields context, choices and label .*, got none called label;"),
+    "no strings": ([{"context": "a", "choices": [1, 2], "label": 0}], "got int for a string"),
     "label too large": ([GOOD | {"label": 2}], "wanted a label from 0 to 1, got 2"),
     "label a string": ([GOOD | {"label": "0"}], "wanted a label from 0 to 1, got '0'"),
     "mixed": ([GOOD, GOOD | {"choices": ["b"]}], "wanted one kind of question"),
@@ -202,18 +202,20 @@ def test_a_broken_gzip_file_is_an_error(tmp_path):
             read_task(tmp_path / "a.jsonl.gz")
 
 
-def test_task_files_are_found_by_path_and_names_are_left_to_the_harness(tmp_path):
+def test_task_files_are_found_by_path_and_names_are_left_to_the_harness(tmp_path, monkeypatch):
     first = write(tmp_path / "a" / "rc" / "requests.jsonl.gz", CHOICES)
     second = write(tmp_path / "b" / "bpb" / "requests.jsonl.gz", CLOZE)
     assert find_task_files(str(tmp_path)) == [first, second]
     assert find_task_files(str(second)) == [second]
     assert find_task_files("hellaswag") == []
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "none").mkdir()
     for spec, message in (
         (tmp_path / "none", "wanted requests.jsonl.gz below this folder"),
         (tmp_path / "absent.jsonl", "got no such file"),
         ("hellaswag.jsonl", "got no such file"),
-        (write(tmp_path / "task.json", [GOOD]), "wanted a task file \\(.jsonl or .jsonl.gz\\), got task.json"),
+        (write(tmp_path / "task.json", [GOOD]), "wanted a task file \\(.jsonl or .jsonl.gz\\), got another"),
+        (write(tmp_path / "task.csv", [GOOD]).name, "convert it to .jsonl"),
     ):
         with pytest.raises(TextError, match=message):
             find_task_files(str(spec))
@@ -237,7 +239,7 @@ def test_accuracies_follow_from_the_scores():
 def test_local_tasks_run_from_a_folder_and_the_report_is_json(tmp_path, model, tokenizer):
     write(tmp_path / "arc_easy" / "rc_0shot" / "requests.jsonl.gz", CHOICES)
     write(tmp_path / "lambada" / "bpb_0shot" / "requests.jsonl.gz", CLOZE)
-    results = evaluate_tasks(model, tokenizer, [str(tmp_path)])
+    results = evaluate_tasks(model, tokenizer, find_tasks([str(tmp_path)]))
     assert {name: found["questions"] for name, found in results.items()} == {
         "arc_easy/rc_0shot": 2,
         "lambada/bpb_0shot": 2,
@@ -247,19 +249,19 @@ def test_local_tasks_run_from_a_folder_and_the_report_is_json(tmp_path, model, t
         one_by_one(model, tokenizer, q.requests[0]) for q in read_task(next(tmp_path.rglob("lambada/*/*.gz"))).questions
     ]
     assert results["lambada/bpb_0shot"]["nll"] == pytest.approx(-sum(value for value, _ in exact) / 2, rel=1e-4)
-    assert evaluate_tasks(model, tokenizer, [str(tmp_path)], limit=1)["arc_easy/rc_0shot"]["questions"] == 1
+    assert evaluate_tasks(model, tokenizer, find_tasks([str(tmp_path)]), limit=1)["arc_easy/rc_0shot"]["questions"] == 1
     EvaluationReport(model="m", tasks=results).save(tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == {"model": "m", "tasks": results}
     with pytest.raises(ValueError, match="not JSON compliant"):
         EvaluationReport(model="m", text={"kl": float("nan")}).save(tmp_path / "nan.json")
 
 
-def test_named_tasks_without_the_extra_are_an_error(monkeypatch, model, tokenizer):
+def test_named_tasks_without_the_extra_are_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(
         ConfigError, match=r"wanted hellaswag from lm-evaluation-harness.*pip install 'headfuse\[eval\]'"
     ):
-        evaluate_tasks(model, tokenizer, ["hellaswag"])
+        find_tasks(["hellaswag"])
 
 
 def fake_harness(monkeypatch):
@@ -285,7 +287,7 @@ def fake_harness(monkeypatch):
 
 def test_named_tasks_go_to_the_harness_and_come_back_as_numbers(monkeypatch, model, tokenizer):
     calls = fake_harness(monkeypatch)
-    assert evaluate_tasks(model, tokenizer, ["hellaswag"], limit=7) == {
+    assert evaluate_tasks(model, tokenizer, find_tasks(["hellaswag"]), limit=7) == {
         "hellaswag": {"acc": 0.5, "acc_norm,strict": 0.25}
     }
     assert calls[0]["model"]["pretrained"] is model
@@ -293,7 +295,7 @@ def test_named_tasks_go_to_the_harness_and_come_back_as_numbers(monkeypatch, mod
     assert calls[0]["limit"] == 7
 
 
-def test_a_name_that_the_harness_does_not_know_is_an_error(monkeypatch, model, tokenizer):
+def test_a_name_that_the_harness_does_not_know_is_an_error(monkeypatch):
     fake_harness(monkeypatch)
     with pytest.raises(ConfigError, match="got helloswag; list the names with"):
-        evaluate_tasks(model, tokenizer, ["hellaswag", "helloswag"])
+        find_tasks(["hellaswag", "helloswag"])

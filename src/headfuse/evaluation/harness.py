@@ -12,22 +12,13 @@ from headfuse.precision import Precision
 BATCH_SIZE = 16
 
 
-def run_harness(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    names: Sequence[str],
-    *,
-    precision: Precision = "fp32",
-    limit: int | None = None,
-) -> dict[str, dict[str, Any]]:
-    """The harness's numbers by task (`acc`, `acc_stderr`, ...), JSON-ready.
+def task_manager(names: Sequence[str]) -> Any:
+    """The harness's manager of tasks, which knows all of these names.
 
     Raises ConfigError if the extra `eval` is not installed, or a name is unknown to the harness.
     """
     try:
-        from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]  an optional package
-        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
-        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]  an optional package
     except ImportError as error:
         raise ConfigError(
             f"tasks: wanted {', '.join(names)} from lm-evaluation-harness, got {error}; give paths of task files, "
@@ -39,6 +30,22 @@ def run_harness(
             f"tasks: wanted tasks of lm-evaluation-harness or paths of task files, got {', '.join(unknown)}; "
             "list the names with: lm_eval ls tasks"
         )
+    return manager
+
+
+def run_harness(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    manager: Any,
+    *,
+    precision: Precision = "fp32",
+    limit: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The harness's numbers by task (`acc`, `acc_stderr`, ...), JSON-ready; `manager` is that of `task_manager`."""
+    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+
     with measuring(model, precision=precision):
         found = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE),

@@ -11,7 +11,7 @@ from headfuse.errors import CheckpointError
 from headfuse.evaluation.cache_bytes import cache_report
 from headfuse.evaluation.exact_match import measure_exact_match
 from headfuse.evaluation.report import EvaluationReport
-from headfuse.evaluation.tasks import evaluate_tasks
+from headfuse.evaluation.tasks import evaluate_tasks, find_tasks
 from headfuse.evaluation.text_loss import measure_text_loss
 from headfuse.placement import Placement
 from headfuse.progress import Stages, silent
@@ -42,12 +42,14 @@ def evaluate(
     `examples` is a source as `load_examples` takes it, of which the validation split is asked.
     """
     device, precision = (placement or Placement()).resolve()
-    asked = [] if examples is None else load_examples(examples, "val")
-    source = locate(str(model))
+    asked, wanted = [] if examples is None else load_examples(examples, "val"), find_tasks(tasks)
+    source, original = locate(str(model)), None if against is None else locate(str(against))
     check_weights(source.folder)
+    tokenizer = load_tokenizer(source) or (None if original is None else load_tokenizer(original))
+    if tokenizer is None and (tasks or asked):
+        raise CheckpointError(f"{source.folder}: tasks want a tokenizer, the folder has none; copy it into the folder")
     judged = load_model(source, device=device)
-    reference = None if against is None else load_model(locate(str(against)), device=device)
-    tokenizer = load_tokenizer(source) or (load_tokenizer(locate(str(against))) if against is not None else None)
+    reference = None if original is None else load_model(original, device=device)
     longest = positions_of(judged.config) or length
     rows = load_tokens(
         text,
@@ -65,12 +67,8 @@ def evaluate(
     )
     found: dict[str, dict[str, Any]] = {}
     matches: dict[str, dict[str, Any]] = {}
-    if tasks or asked:
-        if tokenizer is None:
-            raise CheckpointError(
-                f"{source.folder}: tasks want a tokenizer, the folder has none; copy it into the folder"
-            )
-        found = evaluate_tasks(judged, tokenizer, tasks, precision=precision, limit=limit, progress=stages)
+    if tokenizer is not None:
+        found = evaluate_tasks(judged, tokenizer, wanted, precision=precision, limit=limit, progress=stages)
         matches = measure_exact_match(judged, tokenizer, asked, precision=precision, limit=limit, progress=stages)
     cache = cache_report(judged.to(stored_dtype(source.folder)))  # type: ignore[arg-type]
     return EvaluationReport(source.public_name, loss.as_dict(), cache, found, matches)

@@ -65,11 +65,13 @@ def find_task_files(spec: str) -> list[Path]:
         if not found:
             raise TextError(f"{spec}: wanted {REQUESTS} below this folder, got none; give a task file")
         return found
-    if path.name.endswith(SUFFIXES) or "/" in spec:
+    if path.name.endswith(SUFFIXES) or "/" in spec or path.is_file():
         if not path.is_file():
             raise TextError(f"{spec}: wanted a task file, got no such file; check the path")
         if not path.name.endswith(SUFFIXES):
-            raise TextError(f"{spec}: wanted a task file ({' or '.join(SUFFIXES)}), got {path.name}; convert it")
+            raise TextError(
+                f"{spec}: wanted a task file ({' or '.join(SUFFIXES)}), got another kind; convert it to .jsonl"
+            )
         return [path]
     return []
 
@@ -119,7 +121,7 @@ def _oe_eval_questions(path: Path, rows: list[tuple[int, dict[str, Any]]]) -> li
         except (KeyError, TypeError, ValueError) as error:
             raise TextError(
                 f"{path}:{number}: wanted doc_id, idx, label, request.context and request.continuation, got "
-                f"{type(error).__name__} {error}; give a loglikelihood task"
+                f"{_fault(error)}; give a loglikelihood task"
             ) from error
         if request.context.strip() != UNCONDITIONAL:
             grouped.setdefault(group, []).append(choice)
@@ -146,8 +148,8 @@ def _plain_questions(path: Path, rows: list[tuple[int, dict[str, Any]]]) -> list
             label = row["label"]
         except (KeyError, TypeError) as error:
             raise TextError(
-                f"{path}:{number}: wanted context, choices and label (or the oe_eval layout), got "
-                f"{type(error).__name__} {error}; repair the line"
+                f"{path}:{number}: wanted the fields context, choices and label (or the oe_eval layout), got "
+                f"{_fault(error)}; repair the line"
             ) from error
         gap = "" if context[-1:].isspace() else " "
         requests = tuple(Request(context, choice if choice[:1].isspace() else gap + choice) for choice in choices)
@@ -159,6 +161,10 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{type(value).__name__} for a string")
     return value
+
+
+def _fault(error: Exception) -> str:
+    return f"none called {error.args[0]}" if isinstance(error, KeyError) else str(error)
 
 
 def _checked_label(where: str, label: Any, num_choices: int) -> int:

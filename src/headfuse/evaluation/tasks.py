@@ -2,40 +2,56 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headfuse.evaluation.harness import run_harness
+from headfuse.evaluation.harness import run_harness, task_manager
 from headfuse.evaluation.loglikelihood import Score, score_requests
 from headfuse.evaluation.task_files import Question, Task, find_task_files, read_task
 from headfuse.precision import Precision
 from headfuse.progress import Stages, silent
 
 
+@dataclass(frozen=True)
+class FoundTasks:
+    """Tasks that are ready to run: files that were read, and names with the harness's manager that knows them."""
+
+    files: tuple[Task, ...] = ()
+    names: tuple[str, ...] = ()
+    manager: Any = None
+
+
+def find_tasks(specs: Sequence[str]) -> FoundTasks:
+    """Find and read everything before anything runs.
+
+    A spec is a task file, a folder of `TASK/VARIANT/requests.jsonl.gz`, or the name of a task of the harness. Raises
+    TextError for files that are not tasks, ConfigError for names that the harness does not know or if it is not
+    installed.
+    """
+    files = {spec: find_task_files(spec) for spec in specs}
+    names = tuple(spec for spec, paths in files.items() if not paths)
+    read = tuple(read_task(path) for paths in files.values() for path in paths)
+    return FoundTasks(read, names, task_manager(names) if names else None)
+
+
 def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    specs: Sequence[str],
+    tasks: FoundTasks,
     *,
     precision: Precision = "fp32",
     batch_tokens: int = 8192,
     limit: int | None = None,
     progress: Stages = silent,
 ) -> dict[str, dict[str, Any]]:
-    """Results by task name, JSON-ready.
-
-    A spec is a task file, a folder of `TASK/VARIANT/requests.jsonl.gz`, or the name of a task of the harness. `limit`
-    keeps the first questions of each task. Everything is found and read before anything runs. Raises TextError for
-    files that are not tasks, ConfigError for names that the harness does not know or if it is not installed.
-    """
-    files = {spec: find_task_files(spec) for spec in specs}
-    tasks = [read_task(path) for paths in files.values() for path in paths]
+    """Results by task name, JSON-ready. `limit` keeps the first questions of each task."""
     results: dict[str, dict[str, Any]] = {}
-    if names := [spec for spec, paths in files.items() if not paths]:
-        results |= run_harness(model, tokenizer, names, precision=precision, limit=limit)
-    for task in tasks:
+    if tasks.names:
+        results |= run_harness(model, tokenizer, tasks.names, tasks.manager, precision=precision, limit=limit)
+    for task in tasks.files:
         questions = task.questions[:limit]
         requests = [request for question in questions for request in question.requests]
         scores = score_requests(
