@@ -12,7 +12,7 @@ from headfuse.checkpoints.source import locate
 from headfuse.checkpoints.validation import check_weights
 from headfuse.errors import ConfigError
 from headfuse.precision import Precision
-from headfuse.training.batches import PROBE
+from headfuse.text.tokenizer import agree
 from headfuse.training.objectives import check_teacher
 
 
@@ -41,7 +41,7 @@ def load_teacher(
     check_weights(source.folder)
     check_teacher(student, load_config(source.folder))
     theirs = load_tokenizer(source)
-    if tokenizer is not None and theirs is not None and not _agree(tokenizer, theirs):
+    if tokenizer is not None and theirs is not None and not agree(tokenizer, theirs):
         raise ConfigError(
             f"{name}: wanted a teacher with the student's tokenizer, got another one; use a model trained from the "
             "student's original"
@@ -49,8 +49,3 @@ def load_teacher(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = load_model(source, dtype=dtype, device=device)
     return Teacher(model, source.identity_of(model))
-
-
-def _agree(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers have the same ids for the same text, as far as a probe tells."""
-    return first.get_vocab() == second.get_vocab() and first(PROBE)["input_ids"] == second(PROBE)["input_ids"]

@@ -9,6 +9,7 @@ import pytest
 
 from command_line import assert_refused
 from pico import tokens
+from tiny_tokenizer import tiny_tokenizer
 
 MEASURE = ("--tokens", "128", "--length", "32", "--precision", "fp32")
 
@@ -31,6 +32,11 @@ def test_unasked_a_short_text_is_read_whole(run, model, text):
     assert outcome.code == 0, outcome.err
     assert 0 < json.loads(outcome.out)["text"]["tokens"] < 65_536
     assert_refused(run("eval", model, "--text", text, "--length", "32", "--tokens", "65536"), "ask for fewer tokens")
+
+
+def test_a_model_with_another_tokenizer_is_no_original(run, model, damaged):
+    tiny_tokenizer(adds_bos=False).save_pretrained(damaged)
+    assert_refused(run("eval", model, "--against", damaged, *MEASURE), "damaged: wanted a model with the tokenizer of")
 
 
 def test_a_failed_gate_is_exit_status_one(run, convert, model, text, tmp_path):

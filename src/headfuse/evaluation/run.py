@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import PreTrainedTokenizerBase
+
 from headfuse.checkpoints.loading import load_model, load_tokenizer, positions_of, stored_dtype
-from headfuse.checkpoints.source import locate
+from headfuse.checkpoints.source import Source, locate
 from headfuse.checkpoints.validation import check_weights
-from headfuse.errors import CheckpointError
+from headfuse.errors import CheckpointError, ConfigError
 from headfuse.evaluation.cache_bytes import cache_report
 from headfuse.evaluation.exact_match import measure_exact_match
 from headfuse.evaluation.report import EvaluationReport
@@ -17,6 +19,7 @@ from headfuse.placement import Placement
 from headfuse.progress import Stages, silent
 from headfuse.text.examples import load_examples
 from headfuse.text.rows import count_row_bytes, load_tokens
+from headfuse.text.tokenizer import agree
 
 # Of the text, where nobody says how many.
 TOKENS = 65_536
@@ -40,12 +43,13 @@ def evaluate(
 
     Of the text that many `tokens` are read, or all of it; None: 65,536, or all of a shorter text.
     `examples` is a source as `load_examples` takes it, of which the validation split is asked.
+    Raises a HeadfuseError, before anything is measured, for a model with another tokenizer than that of `against`.
     """
     device, precision = (placement or Placement()).resolve()
     asked, wanted = [] if examples is None else load_examples(examples, "val"), find_tasks(tasks)
     source, original = locate(str(model)), None if against is None else locate(str(against))
     check_weights(source.folder)
-    tokenizer = load_tokenizer(source) or (None if original is None else load_tokenizer(original))
+    tokenizer = _tokenizer(source, original)
     if tokenizer is None and (tasks or asked):
         raise CheckpointError(f"{source.folder}: tasks want a tokenizer, the folder has none; copy it into the folder")
     judged = load_model(source, device=device)
@@ -72,3 +76,14 @@ def evaluate(
         matches = measure_exact_match(judged, tokenizer, asked, precision=precision, limit=limit, progress=stages)
     cache = cache_report(judged.to(stored_dtype(source.folder)))  # type: ignore[arg-type]
     return EvaluationReport(source.public_name, loss.as_dict(), cache, found, matches)
+
+
+def _tokenizer(source: Source, original: Source | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of both models; ConfigError if they have two, since ids of one are other words to the other."""
+    own, other = load_tokenizer(source), None if original is None else load_tokenizer(original)
+    if own is not None and other is not None and original is not None and not agree(own, other):
+        raise ConfigError(
+            f"{original.name}: wanted a model with the tokenizer of {source.name}, got another one; compare with the "
+            "model that it was converted from"
+        )
+    return own or other

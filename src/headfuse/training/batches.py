@@ -20,6 +20,7 @@ from headfuse.text.examples import holds_examples
 from headfuse.text.packing import packed_examples
 from headfuse.text.rows import BUILTIN, check_range, existing_file, source_documents, tokenize_documents
 from headfuse.text.token_files import SUFFIXES, Stream, read_streams
+from headfuse.text.tokenizer import PROBE
 from headfuse.training.options import TrainingOptions
 
 # The largest vocabulary whose ids fit in uint16.
@@ -27,8 +28,6 @@ SMALL_VOCABULARY = 2**16
 # Ids are looked at in blocks of this many: a mapped file is never in memory whole.
 BLOCK = 2**22
 DIGEST_BLOCKS, DIGEST_BLOCK = 64, 4096
-# Words, numbers, spaces and letters beyond ASCII: tokenizers that agree on it and on the vocabulary are one.
-PROBE = "The naïve café sold 12,345 teas;  it's 世界 🙂\n\tdef f(x): return x"
 
 
 class TrainingRows(Protocol):
