@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from headfuse.checkpoints.loading import positions_of
+from headfuse.checkpoints.loading import row_length
 from headfuse.checkpoints.original import Original
 from headfuse.conversion import Settings, gather_statistics, needs_unit_rows
 from headfuse.progress import Stages, silent
@@ -14,20 +14,22 @@ from headfuse.text.rows import TokenRows, load_tokens
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration text: a source as `load_tokens` takes it (None: built-in), cut into rows of `length` tokens."""
+    """The calibration text: a source as `load_tokens` takes it (None: built-in), cut into rows of `length` tokens.
+
+    None: 1024, or as many as the model has positions for.
+    """
 
     source: str | None = None
     tokens: int = 65536
-    length: int = 1024
+    length: int | None = None
 
     def rows(self, original: Original, *, seed: int) -> TokenRows:
-        """The rows for a model, no longer than it has positions. Raises what `load_tokens` raises."""
-        longest = positions_of(original.config) or self.length
+        """The rows for a model. Raises ConfigError if it has fewer positions, and what `load_tokens` raises."""
         return load_tokens(
             self.source,
             original.tokenizer,
             num_tokens=self.tokens,
-            length=min(self.length, longest),
+            length=row_length(original.config, self.length),
             seed=seed,
             vocab_size=original.config.vocab_size,
         )

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from headfuse.calibration import Calibration
-from headfuse.checkpoints.loading import load_model, load_tokenizer
+from headfuse.checkpoints.loading import ROW_LENGTH, load_model, load_tokenizer
 from headfuse.checkpoints.opened import LoadedModel
 from headfuse.checkpoints.registry import adapter_for
 from headfuse.checkpoints.source import locate
@@ -74,7 +74,7 @@ def demonstrate(*, seed: int = 0, placement: Placement | None = None, stages: St
     calibration = Calibration()
     parts: tuple[tuple[int, Part], ...] = ((calibration.tokens, "calibration"), (EVALUATION_TOKENS, "evaluation"))
     texts = [
-        load_tokens(None, tokenizer, num_tokens=tokens, length=calibration.length, seed=seed, part=part)
+        load_tokens(None, tokenizer, num_tokens=tokens, length=ROW_LENGTH, seed=seed, part=part)
         for tokens, part in parts
     ]
     comparison = Comparison(MODEL, loaded, reference, texts[0].tokens, texts[1], write)

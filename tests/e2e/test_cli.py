@@ -34,6 +34,12 @@ def test_unasked_a_short_text_is_read_whole(run, model, text):
     assert_refused(run("eval", model, "--text", text, "--length", "32", "--tokens", "65536"), "ask for fewer tokens")
 
 
+def test_rows_are_as_long_as_the_model_has_positions_and_no_longer(run, model, text):
+    measure = ("--text", text, "--precision", "fp32", "--tokens", "256", "--json")
+    assert json.loads(run("eval", model, *measure).out)["text"]["tokens"] == 2 * 127
+    assert_refused(run("eval", model, *measure, "--length", "129"), "at most the model's 128 positions, got 129")
+
+
 def test_a_model_with_another_tokenizer_is_no_original(run, model, damaged):
     tiny_tokenizer(adds_bos=False).save_pretrained(damaged)
     assert_refused(run("eval", model, "--against", damaged, *MEASURE), "damaged: wanted a model with the tokenizer of")

@@ -107,6 +107,7 @@ def test_a_pickle_is_accepted_on_demand(convert, damaged):
         (("--calibration-tokens", "0"), "number of tokens"),
         (("--calibration-tokens", "many"), "number of tokens"),
         (("--calibration-tokens", "8"), "at least one row"),
+        (("--length", "129"), "at most the model's 128 positions, got 129"),
         (("--length", "1"), "at least 2 tokens"),
         (("--length", "-5"), "at least 2 tokens"),
         (("--device", "banana"), "banana"),

@@ -19,9 +19,11 @@ from transformers import (
 from headfuse.checkpoints.headers import read_json
 from headfuse.checkpoints.quiet import quiet
 from headfuse.checkpoints.source import Source
-from headfuse.errors import CheckpointError, UnsupportedArchitectureError
+from headfuse.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
 from headfuse.models.dha.decoupling import DecoupledGeneration  # and the package registers the decoupled classes
 
+# Of the text that models are calibrated and measured on, where nobody says how long.
+ROW_LENGTH = 1024
 # Any of these means that the folder has a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
@@ -29,6 +31,21 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 def positions_of(config: PreTrainedConfig) -> int | None:
     """How many positions a model was made for; None if its configuration does not say."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def row_length(config: PreTrainedConfig, asked: int | None) -> int:
+    """Tokens in a row of text: as many as asked; None: 1024, or the model's positions if those are fewer.
+
+    Raises ConfigError for more than the model has positions for.
+    """
+    positions = positions_of(config)
+    if asked is None:
+        return ROW_LENGTH if positions is None else min(ROW_LENGTH, positions)
+    if positions is not None and asked > positions:
+        raise ConfigError(
+            f"wanted rows of at most the model's {positions} positions, got {asked} tokens; choose shorter rows"
+        )
+    return asked
 
 
 def load_config(folder: Path) -> Any:

@@ -73,7 +73,9 @@ def convert(
         str | None, typer.Option(help=".txt, .jsonl, .parquet, token .npy/.npz, Hub data set; default: built-in text.")
     ] = None,
     calibration_tokens: Tokens = "65536",
-    length: Annotated[int, typer.Option(help="Tokens per calibration row.")] = 1024,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens per calibration row; default: 1024, or the model's positions if fewer.")
+    ] = None,
     refit: Annotated[bool, typer.Option(help="Regress every layer onto the original's output.")] = True,
     refit_steps: Annotated[int, typer.Option(help="Steps of 2048 tokens per layer.", min=1)] = 240,
     criterion: Annotated[Criterion, typer.Option(help="procrustes: squared distance or cosine.")] = Criterion.dist,

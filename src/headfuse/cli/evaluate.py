@@ -20,7 +20,9 @@ def evaluate(
     tokens: Annotated[
         str | None, typer.Option(help="64k, 1M, or `all` of the text; default: 65536, or all of a shorter text.")
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens per row; default: 1024, or the model's positions if fewer.")
+    ] = None,
     tasks: Annotated[str, typer.Option(help="Task files or folders, or lm-evaluation-harness names, by commas.")] = "",
     examples: Annotated[
         str | None,

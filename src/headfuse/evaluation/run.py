@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from headfuse.checkpoints.loading import load_model, load_tokenizer, positions_of, stored_dtype
+from headfuse.checkpoints.loading import load_config, load_model, load_tokenizer, row_length, stored_dtype
 from headfuse.checkpoints.source import Source, locate
 from headfuse.checkpoints.validation import check_weights
 from headfuse.errors import CheckpointError, ConfigError
@@ -31,7 +31,7 @@ def evaluate(
     against: str | Path | None = None,
     text: str | None = None,
     tokens: int | Literal["all"] | None = None,
-    length: int = 1024,
+    length: int | None = None,
     tasks: Sequence[str] = (),
     examples: str | None = None,
     limit: int | None = None,
@@ -41,26 +41,27 @@ def evaluate(
 ) -> EvaluationReport:
     """Measure a model, stock or converted: text loss, distance to `against`, cache bytes, tasks, exact match.
 
-    Of the text that many `tokens` are read, or all of it; None: 65,536, or all of a shorter text.
+    Of the text that many `tokens` are read, or all of it; None: 65,536, or all of a shorter text. Rows have `length`
+    tokens; None: 1024, or as many as the model has positions for.
     `examples` is a source as `load_examples` takes it, of which the validation split is asked.
-    Raises a HeadfuseError, before anything is measured, for a model with another tokenizer than that of `against`.
+    Raises a HeadfuseError, before anything is measured, for anything that a user can cause.
     """
     device, precision = (placement or Placement()).resolve()
     asked, wanted = [] if examples is None else load_examples(examples, "val"), find_tasks(tasks)
     source, original = locate(str(model)), None if against is None else locate(str(against))
     check_weights(source.folder)
+    length = row_length(load_config(source.folder), length)
     tokenizer = _tokenizer(source, original)
     if tokenizer is None and (tasks or asked):
         raise CheckpointError(f"{source.folder}: tasks want a tokenizer, the folder has none; copy it into the folder")
     judged = load_model(source, device=device)
     reference = None if original is None else load_model(original, device=device)
-    longest = positions_of(judged.config) or length
     rows = load_tokens(
         text,
         tokenizer,
         num_tokens=None if tokens == "all" else TOKENS if tokens is None else tokens,
         shorter=tokens is None,
-        length=min(length, longest),
+        length=length,
         seed=seed,
         part="evaluation",
         vocab_size=judged.config.vocab_size,
