@@ -12,6 +12,7 @@ from headfuse.checkpoints.source import locate
 from headfuse.checkpoints.write import write_checkpoint
 from headfuse.errors import CheckpointError, UnsupportedArchitectureError
 from pico import NO_STOCK_GQA, every_case, every_family, pico, shared
+from weight_folders import edit_config
 
 
 def described(tmp_path, family, **overrides):
@@ -167,6 +168,22 @@ def test_only_headers_are_read(tmp_path):
         handle.truncate(8 + length)
         handle.truncate(size)  # the numbers are gone, the header and the length are not
     assert describe(locate(str(tmp_path))).parameters > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_hidden_layers": 3}, "layer 2 has no attention tensors"),
+        ({"num_hidden_layers": 1}, "the weights have more"),
+        ({"num_key_value_heads": 2}, "k_proj"),
+    ],
+    ids=str,
+)
+def test_weights_that_the_configuration_contradicts_are_refused(tmp_path, changed, message):
+    described(tmp_path, "llama")
+    edit_config(tmp_path, **changed)
+    with pytest.raises(CheckpointError, match=message):
+        describe(locate(str(tmp_path)))
 
 
 def test_a_family_without_adapter_is_refused(tmp_path):

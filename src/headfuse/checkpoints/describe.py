@@ -13,6 +13,7 @@ from headfuse.checkpoints.headers import OUTPUT_EMBEDDINGS, Headers, is_buffer, 
 from headfuse.checkpoints.loading import load_config, positions_of
 from headfuse.checkpoints.registry import ADAPTERS, adapter_for
 from headfuse.checkpoints.source import Source
+from headfuse.checkpoints.validation import check_layers
 from headfuse.errors import UnsupportedArchitectureError
 from headfuse.models.dha.decoupled_attention import AttentionShape
 
@@ -102,6 +103,8 @@ def describe(source: Source) -> Description:
     config = load_config(source.folder)
     adapter, refusal = _adapter(config)
     headers = read_headers(source.folder, allow_pickle=source.allow_pickle)
+    if refusal is None:
+        check_layers(source.folder, headers, adapter, config)
     shapes = [adapter.shape(config, layer) for layer in range(config.num_hidden_layers)]
     first = shapes[0]
     weights = {name: h for name, h in headers.items() if not is_buffer(name) and not _is_copy(name, config)}

@@ -27,7 +27,12 @@ def check_checkpoint(folder: Path, *, allow_pickle: bool = False) -> None:
     """
     config = load_config(folder)
     adapter = adapter_for(config)
-    headers = read_headers(folder, allow_pickle=allow_pickle)
+    check_layers(folder, read_headers(folder, allow_pickle=allow_pickle), adapter, config)
+    check_weights(folder, allow_pickle=allow_pickle)
+
+
+def check_layers(folder: Path, headers: Headers, adapter: Adapter, config: Any) -> None:
+    """Raise CheckpointError unless the stored tensors have the layers, and those the heads, of the configuration."""
     stored = meta_tensors(headers, adapter)
     for layer in range(config.num_hidden_layers):
         _check_attention(folder, stored, adapter, config, layer)
@@ -36,7 +41,6 @@ def check_checkpoint(folder: Path, *, allow_pickle: bool = False) -> None:
             f"{folder}: the configuration promises {config.num_hidden_layers} layers, the weights have more; fix "
             "config.json or the weights"
         )
-    check_weights(folder, allow_pickle=allow_pickle)
 
 
 def check_weights(folder: Path, *, allow_pickle: bool = False) -> None:
