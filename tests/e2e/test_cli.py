@@ -93,7 +93,9 @@ def test_a_model_is_described(run, model):
     found = json.loads(run("inspect", model, "--json").out)
     assert found["family"] == "llama"
     assert found["key_heads"] == [4, 4]
-    assert "KV cache" in run("inspect", model).out
+    table = run("inspect", model).out
+    assert "KV cache" in table
+    assert all(f"  {heads}  " in table for heads in ("4 + 4", "2 + 2", "1 + 1", "0.5 + 0.5"))
 
 
 def test_help_is_printed(run):

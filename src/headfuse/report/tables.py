@@ -1,6 +1,7 @@
 """Results as plain text tables for the terminal and as Markdown for the README."""
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -53,7 +54,9 @@ def description_table(found: "Description") -> str:
         [
             f"{size.percent:g}%",
             "-" if size.bytes_per_token is None else f"{size.bytes_per_token:,}",
-            f"{size.heads_per_layer:g}",
+            " + ".join(
+                f"{round(fmean(own) * size.percent / 100, 3):g}" for own in (found.key_heads, found.value_heads)
+            ),
             "-" if size.gqa_heads is None else str(size.gqa_heads),
         ]
         for size in found.cache
