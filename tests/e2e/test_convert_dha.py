@@ -52,7 +52,10 @@ def test_people_see_what_was_trained(convert):
         (("--tokens", "1M", "--no-repeat"), "--repeat"),
         (("--tokens", "10"), "at least one step"),
         (("--row-length", "200", "--rows", "1"), "128 positions"),
-        (("--init", "svd"), "closed-form"),
+        (
+            ("--init", "svd"),
+            "wanted a start for method dha, got 'svd'; choose one of mean-pool, procrustes, closed-form, delta",
+        ),
         (("--search-share", "0.1"), "wanted no search"),
         ((*DELTA, "--search-share", "0"), "wanted a search"),
         ((*DELTA, "--search-share", "0.9"), "from 0 to 1 together"),

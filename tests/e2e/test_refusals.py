@@ -100,7 +100,10 @@ def test_a_pickle_is_accepted_on_demand(convert, damaged):
         (("--kv-heads", "2", "--kv", "25%"), "wanted --kv or --kv-heads, got both"),
         (("--kv", "25%", "--plan", "plan.json"), "wanted --kv or --plan, got both"),
         (("--value-heads", "2", "--plan", "plan.json"), "wanted --value-heads or --plan, got both"),
-        (("--method", "svd"), "closed-form"),
+        (
+            ("--method", "svd"),
+            "wanted a method, got 'svd'; choose one of mean-pool, procrustes, closed-form, dha, align",
+        ),
         (("--calibration", "no-such-owner/no-such-data"), "no-such-data"),
         (("--calibration", "absent.txt"), "no such file"),
         (("--calibration-tokens", "100M"), "text.txt"),

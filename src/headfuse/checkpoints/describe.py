@@ -21,6 +21,7 @@ from headfuse.models.dha.decoupled_attention import AttentionShape
 SharingName = Literal["mean-pool", "procrustes", "closed-form"]
 Method = Literal[SharingName, "dha", "align"]
 Target = Literal["gqa", "dha"]
+SHARING: tuple[SharingName, ...] = get_args(SharingName)
 METHODS: tuple[Method, ...] = get_args(Method)
 TARGETS: tuple[Target, ...] = get_args(Target)
 PERCENTS = (50.0, 25.0, 12.5)

@@ -132,12 +132,11 @@ def convert(
     from headfuse.planning.budget import parse_budget
     from headfuse.progress import for_terminal
     from headfuse.report.tables import conversion_table
-    from headfuse.sharing.methods import SharingOptions, method_named
+    from headfuse.sharing.methods import SharingOptions
     from headfuse.sharing.refit import RefitOptions
     from headfuse.training.trackers import Trackers
 
     sharing, refitted = sharing_of(method, init)
-    method_named(sharing)
     check_read(context, method, sharing)
     check_one_budget(context)
     if kv_heads is not None:
@@ -202,13 +201,17 @@ def _text_of(data: str | None) -> str | None:
 
 def sharing_of(method: str, init: str | None) -> tuple[str, bool]:
     """The sharing method behind a method and its --init, and whether a refit may follow it."""
-    if method == "align":
-        from headfuse.pruning import sharing_method
+    from headfuse.checkpoints.describe import METHODS, SHARING
+    from headfuse.learning.options import FUSED_STARTS
+    from headfuse.pruning import sharing_method
 
+    if method not in METHODS:
+        raise ConfigError(f"wanted a method, got {method!r}; choose one of {', '.join(METHODS)}")
+    if method == "align":
         return sharing_method(init or "mean-pool"), init == "closed-form"
     if method == "dha":
-        from headfuse.learning.options import FUSED_STARTS
-
+        if init is not None and init not in (starts := (*SHARING, *FUSED_STARTS)):
+            raise ConfigError(f"wanted a start for method dha, got {init!r}; choose one of {', '.join(starts)}")
         return ("closed-form", False) if init in FUSED_STARTS else (init or "closed-form", True)
     return method, True
 
