@@ -170,6 +170,13 @@ def test_a_parent_that_others_use_meanwhile_is_kept(tmp_path):
     assert names(tmp_path / "a") == ["other"]
 
 
+def test_a_place_that_is_on_no_disk_is_not_called_a_full_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))  # as /proc
+    message = attempt(tmp_path / "a" / "out", needed_bytes=1)
+    assert "cannot be written" in message
+    assert "GB" not in message
+
+
 def test_too_little_disk_space_is_said_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**10, 9 * 10**9, 10**9))
     with writing(tmp_path / "small", needed_bytes=10**6):

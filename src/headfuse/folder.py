@@ -181,8 +181,11 @@ def _check_target(out: Path, *, overwrite: bool, source: Path | None) -> None:
 def _check_space(out: Path, needed_bytes: int) -> None:
     if not needed_bytes:
         return
-    free, needed = shutil.disk_usage(_nearest(out.parent)).free, needed_bytes + SPARE_BYTES
-    free += sum(_size(leftover.root) for leftover in _leftovers(out))
+    place = _nearest(out.parent)
+    disk, needed = shutil.disk_usage(place), needed_bytes + SPARE_BYTES
+    if not disk.total:
+        raise ConfigError(f"{out}: cannot be written ({place} is on no disk); choose an output you may write to")
+    free = disk.free + sum(_size(leftover.root) for leftover in _leftovers(out))
     if free < needed:
         raise ConfigError(
             f"{out}: wanted {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; free some space or choose an "

@@ -187,7 +187,7 @@ BAD_FILES = {
     "number.jsonl": (b'{"text": 3}\n', "wanted a string field 'text'"),
     "list.jsonl": (b"[1]\n", "wanted a string field 'text', got list"),
     "broken.parquet": (b"PAR1", "wanted a Parquet file"),
-    "broken.npy": (b"no array", "wanted a NumPy .npy file"),
+    "broken.npy": (b"no array", "wanted a NumPy .npy file, got no array of numbers; save it"),
     "broken.npz": (b"PK\x03\x04", "wanted a NumPy .npz file"),
 }
 

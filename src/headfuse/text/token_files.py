@@ -24,7 +24,9 @@ def read_streams(path: Path) -> dict[str, Stream]:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 streams = {name: arrays[name] for name in sorted(arrays.files)}
     except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise TextError(f"{path}: wanted a NumPy {path.suffix} file, got {error}; save it with numpy.save") from error
+        # NumPy takes whatever it does not know for a pickle, and says how to load that.
+        got = "no array of numbers" if "pickle" in str(error) else error
+        raise TextError(f"{path}: wanted a NumPy {path.suffix} file, got {got}; save it with numpy.save") from error
     for name, stream in streams.items():
         if stream.dtype.kind not in "ui":
             raise TextError(
