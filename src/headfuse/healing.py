@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from headfuse.checkpoints.assembly import decoder_layers
 from headfuse.checkpoints.card import healed_card
-from headfuse.checkpoints.loading import load_config, load_model, load_tokenizer, stored_dtype
+from headfuse.checkpoints.loading import check_length, load_config, load_model, load_tokenizer, stored_dtype
 from headfuse.checkpoints.registry import adapter_of_converted
 from headfuse.checkpoints.source import Source, locate
 from headfuse.checkpoints.validation import check_weights
@@ -30,7 +30,7 @@ from headfuse.text.examples import holds_examples
 from headfuse.training.answers import objective_for
 from headfuse.training.arithmetic import prepare_products
 from headfuse.training.batches import Batches, TrainingRows, training_rows
-from headfuse.training.loop import NOWHERE, Trained, TrainingReport, check_length, train
+from headfuse.training.loop import NOWHERE, Trained, TrainingReport, train
 from headfuse.training.objectives import Objective, check_lm_weight
 from headfuse.training.options import TrainingOptions
 from headfuse.training.processes import Processes, processes

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from headfuse.checkpoints.assembly import decoder_layers
 from headfuse.checkpoints.attention import attention_of, attention_replaced
 from headfuse.checkpoints.heads import AttentionHeads
+from headfuse.checkpoints.loading import check_length
 from headfuse.checkpoints.opened import LoadedModel
 from headfuse.conversion import Converted, Settings, aligned_heads, check_reachable, groups_of_plan
 from headfuse.course import Course, Learned
@@ -30,7 +31,7 @@ from headfuse.models.dha.decoupled_attention import DecoupledAttention
 from headfuse.statistics.moments import LayerStatistics
 from headfuse.training.answers import objective_for
 from headfuse.training.batches import Batches, TrainingRows
-from headfuse.training.loop import Trained, check_length
+from headfuse.training.loop import Trained
 from headfuse.training.objectives import Objective, check_lm_weight
 from headfuse.training.optimizers import ParameterGroup
 from headfuse.training.options import TrainingOptions

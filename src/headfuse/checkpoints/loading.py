@@ -36,16 +36,22 @@ def positions_of(config: PreTrainedConfig) -> int | None:
 def row_length(config: PreTrainedConfig, asked: int | None) -> int:
     """Tokens in a row of text: as many as asked; None: 1024, or the model's positions if those are fewer.
 
-    Raises ConfigError for more than the model has positions for.
+    Raises what `check_length` raises.
     """
+    if asked is not None:
+        check_length(config, asked)
+        return asked
     positions = positions_of(config)
-    if asked is None:
-        return ROW_LENGTH if positions is None else min(ROW_LENGTH, positions)
-    if positions is not None and asked > positions:
+    return ROW_LENGTH if positions is None else min(ROW_LENGTH, positions)
+
+
+def check_length(config: PreTrainedConfig, length: int) -> None:
+    """Raise ConfigError if rows are longer than what a model has positions for."""
+    positions = positions_of(config)
+    if positions is not None and length > positions:
         raise ConfigError(
-            f"wanted rows of at most the model's {positions} positions, got {asked} tokens; choose shorter rows"
+            f"wanted rows of at most the model's {positions} positions, got {length} tokens; choose shorter rows"
         )
-    return asked
 
 
 def load_config(folder: Path) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from fractions import Fraction
 
+from headfuse.checkpoints.loading import check_length
 from headfuse.checkpoints.opened import LoadedModel
 from headfuse.conversion import Settings
 from headfuse.errors import ConfigError, PlanError
@@ -11,7 +12,6 @@ from headfuse.learning.options import Learning
 from headfuse.planning.budget import knapsack, uniform_counts
 from headfuse.planning.layer_budget import allowed_counts, greedy_counts
 from headfuse.training.batches import Batches, TrainingRows
-from headfuse.training.loop import check_length
 
 
 def check_learnable(loaded: LoadedModel, settings: Settings, learning: Learning, *, planned: bool = False) -> None:

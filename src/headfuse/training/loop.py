@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from headfuse.checkpoints.assembly import decoder_layers
-from headfuse.checkpoints.loading import positions_of
+from headfuse.checkpoints.loading import check_length
 from headfuse.checkpoints.registry import adapter_of_converted
 from headfuse.errors import ConfigError, TrainingError
 from headfuse.models.compiled import calling, compiled_calls
@@ -180,15 +180,6 @@ def train(
         if run is not None and options.save_every and done > run.latest_step():
             run.save(done, step_module, optimizers, here)
     return watch.report(done)
-
-
-def check_length(config: PreTrainedConfig, length: int) -> None:
-    """Raise ConfigError if rows are longer than what a model has positions for."""
-    longest = positions_of(config)
-    if longest is not None and length > longest:
-        raise ConfigError(
-            f"wanted rows of at most the model's {longest} positions, got {length} tokens; choose shorter rows"
-        )
 
 
 def _check_capture(options: TrainingOptions, here: Processes) -> None:
