@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from command_line import assert_refused
-from headfuse.planning.plan import HeadPlan
+from headfuse.planning.plan import HeadPlan, LayerPlan
 from headfuse.training.run_folder import RunFolder
 from pico import logits_of, pico, tokens
 from short_runs import learnable_tokens
@@ -222,12 +222,17 @@ def test_keys_behind_a_norm_are_said_not_to_be_aligned(align, tmp_path):
     assert len(said) == 1
 
 
-def test_a_plan_is_obeyed_whatever_the_budget(align, tmp_path):
-    assert align(out=tmp_path / "first").code == 0
-    plan = tmp_path / "first" / "headfuse" / "plan.json"
-    outcome = align("--plan", plan, "--kv-heads", "3")
+def test_a_plan_is_obeyed_whatever_the_default_budget(convert, tmp_path):
+    # A quarter of three heads is none.
+    grouped = pico("llama", num_attention_heads=6, num_key_value_heads=3, hidden_size=48, vocab_size=VOCABULARY)
+    grouped.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    plan = HeadPlan(target="gqa", head_dim=8, layers=(LayerPlan(key_map=(0,) * 6, value_map=(0,) * 6),) * 2)
+    plan.save(tmp_path / "plan.json")
+    options = [option for option in ALIGN if option not in ("--kv-heads", "2")]
+    outcome = convert(*options, "--plan", tmp_path / "plan.json", source=tmp_path / "model")
     assert outcome.code == 0, outcome.err
-    assert HeadPlan.load(tmp_path / "out" / "headfuse" / "plan.json") == HeadPlan.load(plan)
+    assert HeadPlan.load(tmp_path / "out" / "headfuse" / "plan.json") == plan
 
 
 def test_a_family_without_stock_grouped_queries_is_refused(align, tmp_path):
