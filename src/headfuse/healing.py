@@ -113,8 +113,8 @@ def heal(
     root = run_folder or run_folder_of(out)
     device, precision = (placement or Placement()).resolve()
     prepare_products(deterministic=options.deterministic)
-    check_lm_weight(lm_weight)
     _check_recordable(data, teacher_top_k, options)
+    _check_mixture(teacher, lm_weight, teacher_top_k)
     source = locate(str(converted))
     check_weights(source.folder)
     space = {"needed_bytes": source.weight_bytes}
@@ -163,6 +163,15 @@ def heal(
                     made.save(folder.manifest)
             here.wait()
     return Healing(out, report, seconds, peak_memory()) if here.first else None
+
+
+def _check_mixture(teacher: str | Path | None, lm_weight: float, teacher_top_k: int | None) -> None:
+    check_lm_weight(lm_weight)
+    if teacher is None and (teacher_top_k is not None or 0 < lm_weight < 1):
+        raise ConfigError(
+            "wanted a teacher to keep the tokens of or to mix in, got none; name one (--teacher), or leave out "
+            "--teacher-top-k and --lm-weight"
+        )
 
 
 def _check_recordable(data: str | None, teacher_top_k: int | None, options: TrainingOptions) -> None:

@@ -211,6 +211,13 @@ def test_a_bad_option_is_refused_in_one_line_and_leaves_nothing(heal, tmp_path, 
     assert left_behind(tmp_path) == []
 
 
+@pytest.mark.parametrize("options", [("--lm-weight", "0.5"), ("--teacher-top-k", "4")], ids=str)
+def test_what_only_a_teacher_gives_a_sense_is_refused_without_one(run, converted, ids, tmp_path, options):
+    outcome = run("heal", converted, tmp_path / "healed", "--data", ids, *TRAIN, *options)
+    assert_refused(outcome, "wanted a teacher", options[0])
+    assert left_behind(tmp_path) == []
+
+
 def test_a_teacher_with_another_vocabulary_is_refused(heal, tmp_path):
     pico("llama").save_pretrained(tmp_path / "teacher")
     assert_refused(
