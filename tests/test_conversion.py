@@ -352,3 +352,19 @@ def test_progress_adds_up(family):
     convert_heads(loaded, ROWS, settings(budget="adaptive", refit=QUICK), stages=counting)
     assert set(seen) == {"statistics", "sensitivity", "grouping", "refit"}
     assert all(done == total for done, total in seen.values())
+
+
+def test_mean_pooling_passes_over_no_text_unless_it_restores_norms(monkeypatch):
+    loaded, options = opened(pico("llama")), SharingOptions(restore_norm=True)
+    asked = settings("mean-pool", "gqa")
+    wanted = convert_heads(loaded, ROWS, asked, statistics=gather_statistics(loaded, ROWS, asked))
+
+    def passed_over(*_, **__):
+        raise AssertionError("a pass over the text")
+
+    monkeypatch.setattr(conversion, "collect", passed_over)
+    found = convert_heads(loaded, ROWS, asked)
+    assert all(torch.equal(layer.k, other.k) for layer, other in zip(found.heads, wanted.heads, strict=True))
+    for reading in (settings("mean-pool", "gqa", options=options), settings()):
+        with pytest.raises(AssertionError, match="a pass over the text"):
+            convert_heads(loaded, ROWS, reading)

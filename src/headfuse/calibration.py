@@ -5,7 +5,7 @@ from pathlib import Path
 
 from headfuse.checkpoints.loading import row_length
 from headfuse.checkpoints.original import Original
-from headfuse.conversion import Settings, gather_statistics, needs_unit_rows
+from headfuse.conversion import Settings, gather_statistics, needs_unit_rows, reads_text
 from headfuse.progress import Stages, silent
 from headfuse.statistics.collect import load_statistics, save_statistics
 from headfuse.statistics.moments import LayerStatistics
@@ -37,11 +37,14 @@ class Calibration:
 
 def shared_statistics(
     original: Original, rows: TokenRows, settings: Settings, folder: Path | None, stages: Stages = silent
-) -> list[LayerStatistics]:
+) -> list[LayerStatistics] | None:
     """The statistics of these rows: read from `folder` if it holds them, else gathered and saved there.
 
+    None if nothing would read them and no folder wants them.
     Raises ConfigError if `folder` holds those of another model or text, or cannot be written.
     """
+    if folder is None and not reads_text(settings):
+        return None
     identity = {
         "model": original.identity,
         "text": rows.digest(),

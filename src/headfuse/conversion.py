@@ -95,12 +95,13 @@ def convert_heads(
     check_reachable(loaded, settings, planned=plan is not None)
     seconds: dict[str, float] = {}
     started = time.monotonic()
-    if statistics is None:
+    if statistics is None and reads_text(settings):
         statistics = gather_statistics(loaded, rows, settings, stages)
     seconds["statistics"] = time.monotonic() - started
 
     started = time.monotonic()
-    layers = [SourceLayer.of(heads, entry) for heads, entry in zip(loaded.heads, statistics, strict=True)]
+    entries = statistics or [None] * len(loaded.heads)
+    layers = [SourceLayer.of(heads, entry) for heads, entry in zip(loaded.heads, entries, strict=True)]
     groups = _groups(loaded, layers, rows, method, settings, plan, stages)
     seconds["plan"] = time.monotonic() - started
 
@@ -142,6 +143,11 @@ def gather_statistics(
             precision=settings.precision,
             advance=advance,
         )
+
+
+def reads_text(settings: Settings) -> bool:
+    """Whether sharing looks at statistics of the calibration text; a refit and an adaptive budget read the rows."""
+    return method_named(settings.method).reads_text(settings.options)
 
 
 def needs_unit_rows(loaded: LoadedModel, settings: Settings) -> bool:

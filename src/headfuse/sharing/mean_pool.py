@@ -13,17 +13,19 @@ from headfuse.statistics.moments import HeadMoments
 
 
 def mean_pool(
-    heads: AttentionHeads, moments: HeadMoments, groups: HeadGroups, *, restore_norm: bool = False
+    heads: AttentionHeads, moments: HeadMoments | None, groups: HeadGroups, *, restore_norm: bool = False
 ) -> AttentionHeads:
     """Replace every group by the mean of its members' rows and biases; heads alone stay bit for bit.
 
     A mean of unlike heads is short: with `restore_norm` it is scaled so that its activations have the members' mean
-    energy `E|k|^2` under `moments`. (Activation energy, not the Frobenius norm of the rows: it is what the attention
-    reads, and it counts biases.) q/k norm gains over all heads are averaged alike, a gain per channel is untouched.
+    energy `E|k|^2` under `moments`, which nothing else reads. (Activation energy, not the Frobenius norm of the rows:
+    it is what the attention reads, and it counts biases.) q/k norm gains over all heads are averaged alike, a gain per
+    channel is untouched.
     """
     keys, values = (extended(heads.k, heads.k_bias), extended(heads.v, heads.v_bias))
     key_scales = value_scales = None
     if restore_norm:
+        assert moments is not None, "energies are those of a text"
         key_scales = _scales(_key_overlaps(moments), groups.keys)
         value_scales = _scales(torch.einsum("iaja->ij", moments.values), groups.values)
     key, value = _pooled(keys, groups.keys, key_scales), _pooled(values, groups.values, value_scales)

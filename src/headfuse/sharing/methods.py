@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
@@ -36,21 +37,31 @@ class SharingOptions:
 
 @dataclass(frozen=True)
 class SourceLayer:
-    """One layer before sharing: its heads and what the calibration text says of them."""
+    """One layer before sharing: its heads and what the calibration text says of them, for methods that read one."""
 
     heads: AttentionHeads
-    statistics: LayerStatistics
-    moments: HeadMoments
+    gathered: LayerStatistics | None
 
     @classmethod
-    def of(cls, heads: AttentionHeads, statistics: LayerStatistics) -> "SourceLayer":
-        """The layer with its head moments worked out, on the CPU unless its Grams are large.
+    def of(cls, heads: AttentionHeads, statistics: LayerStatistics | None) -> "SourceLayer":
+        """The layer, on the CPU unless its Grams are large.
 
         The searches take thousands of small eigen-decompositions one by one, and a GPU is slower at each.
         """
         if heads.num_value_heads * heads.head_dim <= LARGEST_GRAM_ON_CPU:
             heads = heads.on(torch.device("cpu"))
-        return cls(heads, statistics, head_moments(heads, statistics))
+        return cls(heads, statistics)
+
+    @property
+    def statistics(self) -> LayerStatistics:
+        """The layer's statistics."""
+        assert self.gathered is not None, "the method does not read the text"
+        return self.gathered
+
+    @cached_property
+    def moments(self) -> HeadMoments:
+        """The moments of its heads."""
+        return head_moments(self.heads, self.statistics)
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -60,6 +71,10 @@ class SourceLayer:
 
 class SharingMethod(Protocol):
     """One way to group heads and to make a shared head of a group."""
+
+    def reads_text(self, options: SharingOptions) -> bool:
+        """Whether it looks at statistics of a calibration text."""
+        ...
 
     def prices(self, layer: SourceLayer, options: SharingOptions) -> tuple[Price, Price] | None:
         """The price of a key group and of a value group, in units of their own; None: neighbours are grouped."""
@@ -77,6 +92,9 @@ class SharingMethod(Protocol):
 class MeanPool:
     """Neighbours, averaged: the GQA paper's baseline."""
 
+    def reads_text(self, options: SharingOptions) -> bool:  # noqa: D102
+        return options.restore_norm
+
     def prices(self, layer: SourceLayer, options: SharingOptions) -> None:  # noqa: ARG002, D102
         return None
 
@@ -84,11 +102,15 @@ class MeanPool:
         return None
 
     def share(self, layer: SourceLayer, groups: HeadGroups, options: SharingOptions) -> AttentionHeads:  # noqa: D102
-        return mean_pool(layer.heads, layer.moments, groups, restore_norm=options.restore_norm)
+        moments = layer.moments if options.restore_norm else None
+        return mean_pool(layer.heads, moments, groups, restore_norm=options.restore_norm)
 
 
 class Procrustes:
     """Align before merging (arXiv 2412.20677): grouped by similarity after alignment, rotated, averaged."""
+
+    def reads_text(self, options: SharingOptions) -> bool:  # noqa: ARG002, D102
+        return True
 
     def prices(self, layer: SourceLayer, options: SharingOptions) -> tuple[Price, Price] | None:  # noqa: D102
         if options.group_on == "none":
@@ -126,6 +148,9 @@ def _per_member(price: Price, options: SharingOptions) -> Price:
 
 class ClosedForm:
     """Ours: grouped by the exact price, combined by principal components in the output's metric."""
+
+    def reads_text(self, options: SharingOptions) -> bool:  # noqa: ARG002, D102
+        return True
 
     def prices(self, layer: SourceLayer, options: SharingOptions) -> tuple[Price, Price]:  # noqa: ARG002, D102
         movable = layer.heads.traits.qk_norm == "none"
